@@ -1,0 +1,125 @@
+"""Group parameters that can share one flat buffer, and give each buffer its layout and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmuon.collectives import Communicator
+from distmuon.exchange import Exchange
+from distmuon.layout import Layout, TensorSpec
+from distmuon.options import Algorithm
+from distmuon.ownership import Ownership, assign
+from distmuon.plan import ExchangePlan, build_plan, describe
+from distmuon.shard import Shard
+
+STATE_NAMES: dict[Algorithm, tuple[str, ...]] = {
+    "muon": ("momentum_buffer",),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BucketSpec:
+    """Parameters of one algorithm, dtype and device, in flat order.
+
+    Attributes:
+        algorithm: The update rule.
+        parameters: The parameters.
+        groups: Index in `param_groups` of each parameter's group.
+        layout: Where the parameters lie.
+        ownership: Who orthogonalizes what; None for elementwise rules.
+    """
+
+    algorithm: Algorithm
+    parameters: tuple[Tensor, ...]
+    groups: tuple[int, ...]
+    layout: Layout
+    ownership: Ownership | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """FQNs in flat order."""
+        return tuple(spec.name for spec in self.layout.specs)
+
+    def lines(self) -> list[str]:
+        """What every rank must have alike."""
+        owners = self.ownership.owners if self.ownership else (None,) * len(self.parameters)
+        first = self.parameters[0]
+        head = f"{self.algorithm} parameters of {first.dtype} on {first.device.type}"
+        return [head, *describe(self.layout, owners)]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket in use: its buffers, and for Muon its exchange.
+
+    Attributes:
+        spec: What is in it.
+        shard: This rank's range.
+        plan: This rank's transfers; None for elementwise rules.
+        exchange: Runs the plan; None for elementwise rules.
+    """
+
+    spec: BucketSpec
+    shard: Shard
+    plan: ExchangePlan | None
+    exchange: Exchange | None
+
+
+def specify(
+    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], world_size: int
+) -> list[BucketSpec]:
+    """Decide the buckets, their order and their owners. Nothing is allocated.
+
+    Args:
+        groups: `param_groups`.
+        names: FQN of each parameter.
+        world_size: Ranks to cut each buffer over.
+
+    Returns:
+        One spec per (algorithm, dtype, device), in order of first appearance.
+    """
+    members: dict[tuple[Algorithm, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for index, group in enumerate(groups):
+        for parameter in group["params"]:
+            key = (group["algorithm"], parameter.dtype, parameter.device)
+            members.setdefault(key, []).append((index, parameter))
+    result = []
+    for (algorithm, _, _), entries in members.items():
+        tensors = [TensorSpec(names[p], tuple(p.shape)) for _, p in entries]
+        ownership = assign(tensors, world_size) if algorithm == "muon" else None
+        layout = ownership.layout if ownership else Layout(tuple(tensors), world_size)
+        order = ownership.order if ownership else range(len(entries))
+        result.append(
+            BucketSpec(
+                algorithm,
+                tuple(entries[i][1] for i in order),
+                tuple(entries[i][0] for i in order),
+                layout,
+                ownership,
+            )
+        )
+    return result
+
+
+def open_bucket(spec: BucketSpec, communicator: Communicator) -> Bucket:
+    """Allocate a bucket's buffers and make its parameters views of them.
+
+    Args:
+        spec: What is in it.
+        communicator: The group it is sharded over.
+
+    Returns:
+        The bucket, its state zero.
+    """
+    rank = communicator.rank
+    shard = Shard(spec.layout, rank, spec.parameters, STATE_NAMES[spec.algorithm])
+    if spec.ownership is None:
+        return Bucket(spec, shard, None, None)
+    plan = build_plan(spec.ownership, rank)
+    return Bucket(spec, shard, plan, Exchange(plan, communicator))

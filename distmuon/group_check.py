@@ -1,0 +1,116 @@
+"""Refuse parameter groups that could only train something else than the user meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmuon.options import read_options
+from distmuon.orthogonalize.coefficients import resolve
+
+
+def named_parameters(group: Mapping[str, Any], index: int) -> list[tuple[str, Tensor]]:
+    """The parameters of a group with a name for each.
+
+    Args:
+        group: A parameter group; "params" holds tensors or (FQN, tensor) pairs.
+        index: The group's position; unnamed parameters are called after it.
+
+    Returns:
+        (name, parameter) pairs.
+
+    Raises:
+        TypeError: if "params" is missing, a set, or holds something else than tensors.
+    """
+    if "params" not in group:
+        raise TypeError(f'Group {index} has no "params". It has {sorted(group)}.')
+    params = group["params"]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(f"Group {index} has its params in a set: ranks would order them apart.")
+    entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
+    named = [
+        entry if isinstance(entry, tuple) else (f"group {index} parameter {position}", entry)
+        for position, entry in enumerate(entries)
+    ]
+    for name, parameter in named:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"{name} is a {type(parameter).__name__}. Must be a torch.nn.Parameter."
+            )
+    return named
+
+
+def check_group(group: Mapping[str, Any], index: int) -> None:
+    """Check a filled-in group: its keys, its hyperparameters and each parameter.
+
+    Args:
+        group: The group, defaults filled in, "params" as (FQN, tensor) pairs.
+        index: Its position, for messages.
+
+    Raises:
+        ValueError: for a misspelt key, a value out of range, a frozen or empty parameter, or a
+            shape that Muon cannot take.
+        TypeError: for a wrong type, or a parameter that is sparse, complex or distributed.
+    """
+    for key in group:
+        close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        if key not in _KEYS and close:
+            raise ValueError(f"Unknown {key=} in group {index}. Did you mean {close[0]!r}?")
+    options = read_options(group, index)
+    try:
+        resolve(options.ns_coefficients, options.ns_steps)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"Invalid ns_coefficients or ns_steps in group {index}: {error}"
+        ) from None
+    for name, parameter in group["params"]:
+        _check_parameter(name, parameter)
+        if options.algorithm == "muon":
+            _check_matrix(name, parameter)
+
+
+_KEYS = (
+    "params",
+    "algorithm",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "ns_coefficients",
+    "ns_steps",
+    "adjust_lr_fn",
+    "betas",
+    "eps",
+    "reasons",
+)
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if hasattr(parameter, "placements"):
+        raise TypeError(
+            f"{name} is a DTensor. distmuon shards plain parameters itself; leave them unsharded "
+            "(DistributedDataParallel), or use an optimizer made for FSDP2."
+        )
+    if parameter.layout != torch.strided:
+        raise TypeError(f"{name} has layout {parameter.layout}. Must be dense (torch.strided).")
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name} has dtype {parameter.dtype}. Must be real floating point.")
+    if not parameter.requires_grad:
+        raise ValueError(
+            f"{name} is frozen (requires_grad=False). Leave it out of the groups, as "
+            "build_param_groups does, or unfreeze it first."
+        )
+    if parameter.numel() == 0:
+        raise ValueError(f"{name} has shape {list(parameter.shape)}, no elements. Leave it out.")
+
+
+def _check_matrix(name: str, parameter: Tensor) -> None:
+    if parameter.dim() not in (2, 3):
+        raise ValueError(
+            f"{name} has shape {list(parameter.shape)}. Muon takes matrices [m, n] or stacks "
+            '[E, m, n] of them; give it algorithm="adamw" (build_param_groups routes for you).'
+        )

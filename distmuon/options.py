@@ -1,0 +1,106 @@
+"""The hyperparameters of one parameter group, read from torch's dictionary and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+
+from distmuon.orthogonalize.coefficients import Coefficients
+from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
+
+Algorithm = Literal["muon", "adamw"]
+ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """What the update rules read from a parameter group; names as in torch.optim.
+
+    Attributes:
+        algorithm: "muon" or "adamw".
+        lr: Learning rate.
+        weight_decay: Decoupled decay per unit of lr.
+        momentum: Decay of Muon's momentum average.
+        nesterov: Whether Muon looks ahead.
+        ns_coefficients: Newton-Schulz coefficients: a preset's name, a triple or several.
+        ns_steps: Newton-Schulz iterations; None takes the preset's own number.
+        adjust_lr_fn: Shape scaling of Muon's update.
+        betas: AdamW's moment decays.
+        eps: AdamW's denominator offset.
+    """
+
+    algorithm: Algorithm
+    lr: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    ns_coefficients: Coefficients
+    ns_steps: int | None
+    adjust_lr_fn: AdjustLrFn
+    betas: tuple[float, float]
+    eps: float
+
+
+def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
+    """Check a parameter group and turn it into a record.
+
+    Read anew each step, because schedulers write into the dictionary.
+
+    Args:
+        group: A `param_groups` entry with every key filled in.
+        index: Its position, for messages.
+
+    Returns:
+        The checked options.
+
+    Raises:
+        ValueError: for a value out of range, naming the key and the group.
+        TypeError: for a value of the wrong type, naming the key and the group.
+    """
+    algorithm = group["algorithm"]
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"Invalid {algorithm=} in group {index}. Must be one of {ALGORITHMS}.")
+    nesterov = group["nesterov"]
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"Invalid {nesterov=} in group {index}. Must be True or False.")
+    try:
+        adjust_lr_factor(group["adjust_lr_fn"], 2, 1)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Group {index}: {error}") from None
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"Invalid {betas=} in group {index}. Must be two numbers.")
+    return GroupOptions(
+        algorithm=cast(Algorithm, algorithm),
+        lr=_number(group, "lr", index),
+        weight_decay=_number(group, "weight_decay", index),
+        momentum=_number(group, "momentum", index, below=1.0),
+        nesterov=nesterov,
+        ns_coefficients=group["ns_coefficients"],
+        ns_steps=group["ns_steps"],
+        adjust_lr_fn=group["adjust_lr_fn"],
+        betas=(
+            _number({"betas[0]": betas[0]}, "betas[0]", index, below=1.0),
+            _number({"betas[1]": betas[1]}, "betas[1]", index, below=1.0),
+        ),
+        eps=_number(group, "eps", index),
+    )
+
+
+def _number(group: Mapping[str, Any], key: str, index: int, *, below: float = math.inf) -> float:
+    value = group[key]
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()  # torch's schedulers may keep lr in a tensor
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"Invalid {key}={value!r} of type {type(value).__name__} in group {index}. "
+            "Must be a number."
+        )
+    if not 0.0 <= value < below:
+        bound = ">= 0.0 and finite" if below == math.inf else f"in [0.0, {below})"
+        raise ValueError(f"Invalid {key}={value} in group {index}. Must be {bound}.")
+    return float(value)

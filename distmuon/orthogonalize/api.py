@@ -1,0 +1,213 @@
+"""The public functions: validation, scaling, dispatch."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from distmuon.orthogonalize import exact, newton_schulz, policy, stability
+from distmuon.orthogonalize.coefficients import Coefficients, resolve
+from distmuon.orthogonalize.guards import largest_entry, prescale
+from distmuon.orthogonalize.schedule import Schedule
+
+Method: TypeAlias = Literal["auto", "newton_schulz", "gram", "coupled", "svd", "eigh"]
+NonFinite: TypeAlias = Literal["propagate", "zero"]
+_METHODS: tuple[str, ...] = get_args(Method)
+_EXACT = ("svd", "eigh")
+_INPUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Below this many entries a matrix costs less than the calls it takes, and a CPU gains from
+# batched products; above, it loses the cache: measured, docs/numerics.md.
+_BATCHED_ENTRIES = 64 * 128
+# Frobenius norm of a float16 operand: its Gram matrix, of trace 64**2, stays inside the range.
+_FLOAT16_NORM = 64.0
+
+
+class Orthogonalized(NamedTuple):
+    """A result and which of its matrices had only finite entries.
+
+    Attributes:
+        update: [..., m, n] in the input's dtype.
+        finite: bool [...], on the input's device; nothing waits for it.
+    """
+
+    update: Tensor
+    finite: Tensor
+
+
+def orthogonalize(
+    x: Tensor,
+    *,
+    method: Method = "auto",
+    coefficients: Coefficients = "keller",
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    nonfinite: NonFinite = "propagate",
+) -> Tensor:
+    """Approximate polar factor U Vᵀ of each matrix U S Vᵀ.
+
+    The result depends on the matrix's values alone: bitwise not on its scale by powers of two, its
+    memory layout or its alignment. A batch is a loop over its matrices (small ones go through
+    batched products, which may round differently).
+
+    Args:
+        x: [..., m, n], float64, float32, float16 or bfloat16. Never modified.
+        method: "newton_schulz" iterates on the matrix, "gram" on its m x m Gram matrix, "auto"
+            takes the faster of the two that is stable; "coupled" is their textbook reference.
+            "svd" and "eigh" are exact and leave `coefficients` aside.
+        coefficients: a preset's name, a Schedule, one (a, b, c) repeated `steps` times, or one
+            (a, b, c) a step.
+        steps: number of steps; None takes the schedule's own.
+        dtype: dtype of the matrix products; None chooses by input and device, see
+            `policy.working_dtype`.
+        nonfinite: what a matrix with a NaN or an infinity gives: "propagate" NaNs, "zero" zeros.
+
+    Returns:
+        [..., m, n] in x's dtype, contiguous. A zero matrix gives zeros.
+
+    Raises:
+        TypeError: x is not a dense real floating tensor, or an argument has a wrong type.
+        ValueError: x has fewer than two dimensions or no elements, an argument is out of range, or
+            the schedule would blow up.
+
+    Source: https://kellerjordan.github.io/posts/muon/; docs/numerics.md
+    """
+    return orthogonalize_checked(
+        x, method=method, coefficients=coefficients, steps=steps, dtype=dtype, nonfinite=nonfinite
+    ).update
+
+
+@torch.no_grad()
+def orthogonalize_checked(
+    x: Tensor,
+    *,
+    method: Method = "auto",
+    coefficients: Coefficients = "keller",
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    nonfinite: NonFinite = "propagate",
+) -> Orthogonalized:
+    """`orthogonalize`, and a flag for each matrix that says whether its entries were finite.
+
+    Args:
+        x: as in `orthogonalize`.
+        method: likewise.
+        coefficients: likewise.
+        steps: likewise.
+        dtype: likewise.
+        nonfinite: likewise.
+
+    Returns:
+        The result and the flags.
+
+    Raises:
+        TypeError: as in `orthogonalize`.
+        ValueError: as in `orthogonalize`.
+    """
+    _check_input(x)
+    _check_choices(method, nonfinite, steps)
+    schedule = resolve(coefficients, steps)
+    work = policy.working_dtype(x, dtype)
+    if method not in _EXACT:
+        stability.check(schedule, policy.arithmetic(work, x.device))
+    flat = x.reshape(-1, *x.shape[-2:])
+    # Under autocast every product here would silently become a bfloat16 one.
+    with torch.autocast(x.device.type, enabled=False):
+        update, finite = _each(flat, _Plan(method, schedule, work, nonfinite))
+    return Orthogonalized(update.reshape(x.shape), finite.reshape(x.shape[:-2]))
+
+
+class _Plan(NamedTuple):
+    method: Method
+    schedule: Schedule
+    dtype: torch.dtype
+    nonfinite: NonFinite
+
+
+def _each(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    count, m, n = x.shape
+    if count == 1:
+        update, finite = _one(x[0], plan)
+        return update[None], finite[None]
+    if x.device.type != "cpu" or m * n <= _BATCHED_ENTRIES:
+        return _one(x, plan)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flags = [_one_into(out[i], x[i], plan) for i in range(count)]
+    return out, torch.stack(flags)
+
+
+def _one_into(out: Tensor, x: Tensor, plan: _Plan) -> Tensor:
+    update, finite = _one(x, plan)
+    out.copy_(update)
+    return finite
+
+
+def _one(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """One matrix [m, n] and a flag, or a batch computed as one and a flag for each."""
+    amax = largest_entry(x)
+    finite = torch.isfinite(amax)
+    scaled = prescale(x, amax)
+    if plan.nonfinite == "zero" or plan.method in _EXACT:
+        # LAPACK raises on NaN, and inf * 0 is NaN: only a selection removes them.
+        scaled = torch.where(finite, scaled, 0.0)
+    wide = scaled if x.size(-2) <= x.size(-1) else scaled.mT
+    out = _iterate(wide, plan) if plan.method not in _EXACT else _decompose(wide, plan)
+    out = out if x.size(-2) <= x.size(-1) else out.mT
+    if plan.nonfinite == "propagate" and plan.method in _EXACT:
+        out = torch.where(finite, out, torch.nan)
+    return out.to(x.dtype).contiguous(), finite[..., 0, 0]
+
+
+def _decompose(wide: Tensor, plan: _Plan) -> Tensor:
+    # LAPACK and cuSOLVER have no half precision.
+    work = wide.to(torch.promote_types(plan.dtype, torch.float32))
+    return exact.svd(work) if plan.method == "svd" else exact.eigh(work)
+
+
+def _iterate(wide: Tensor, plan: _Plan) -> Tensor:
+    precision = policy.arithmetic(plan.dtype, wide.device)
+    method = plan.method
+    if method == "auto":
+        method = policy.choose_form(wide, plan.schedule, precision)
+    if plan.dtype == torch.float16:
+        norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+        wide = prescale(wide, norm).mul_(_FLOAT16_NORM)
+    work = wide.to(plan.dtype)
+    if method == "gram":
+        return newton_schulz.on_gram(
+            work, plan.schedule, stability.windows(plan.schedule, precision)
+        )
+    if method == "coupled":
+        return newton_schulz.coupled(work, plan.schedule)
+    return newton_schulz.plain(work.contiguous(), plan.schedule)
+
+
+def _check_input(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"Invalid x of type {type(x).__name__}. Must be one torch.Tensor of shape [..., m, n]."
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"Invalid x of layout {x.layout}. Must be dense: pass x.to_dense().")
+    if x.dtype not in _INPUT_DTYPES:
+        raise TypeError(
+            f"Invalid x of dtype {x.dtype}. Must be float64, float32, float16 or bfloat16: "
+            "pass x.float(), or the real and imaginary parts apart."
+        )
+    if x.dim() < 2:
+        raise ValueError(
+            f"Invalid x of shape {list(x.shape)}. Must be [..., m, n]: vectors have no polar "
+            "factor and belong to AdamW."
+        )
+    if x.numel() == 0:
+        raise ValueError(f"Invalid x of shape {list(x.shape)}. Must have at least one element.")
+
+
+def _check_choices(method: str, nonfinite: str, steps: int | None) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"Unknown {method=}. Must be one of {', '.join(_METHODS)}.")
+    if nonfinite not in get_args(NonFinite):
+        raise ValueError(f"Unknown {nonfinite=}. Must be 'propagate' or 'zero'.")
+    if method in _EXACT and steps is not None:
+        raise ValueError(f"Invalid {steps=} for {method=}, which takes none. Pass steps=None.")

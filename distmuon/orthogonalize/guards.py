@@ -1,0 +1,55 @@
+"""Range guards without host synchronization: exact scaling, fresh memory, zero stays zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """Largest absolute value of each matrix of x [..., m, n], as [..., 1, 1]; NaN if one is NaN."""
+    high = x.amax(dim=(-2, -1), keepdim=True)
+    return torch.maximum(high, x.amin(dim=(-2, -1), keepdim=True).neg_())
+
+
+def power_of_two(amax: Tensor) -> Tensor:
+    """The power of two 1/2 <= p * amax < 1, as far as p and 1/p are normal numbers of amax's dtype.
+
+    Args:
+        amax: [..., 1, 1], >= 0. Not a half-precision dtype.
+
+    Returns:
+        [..., 1, 1] in amax's dtype. At both ends of the exponent range a power that brings amax
+        within a factor of the dtype's resolution of 1; NaN where amax is not finite.
+    """
+    smallest = torch.finfo(amax.dtype).tiny
+    # An exact quotient: the mantissa differs from its number by a power of two. `ldexp` would go
+    # through pow(), which is not exact on every device.
+    bounded = amax.clamp(smallest, 1 / smallest)
+    power = torch.frexp(bounded).mantissa / bounded
+    return torch.where(torch.isfinite(amax), power, torch.nan)
+
+
+def prescale(x: Tensor, amax: Tensor) -> Tensor:
+    """Copy x into fresh contiguous memory, its largest entry brought near 1 by a power of two.
+
+    Everything computed from the copy is independent of the input's memory: matrix products round
+    differently for differently aligned operands. It is also independent of the input's scale,
+    since powers of two are exact, and its Gram matrix can neither overflow nor vanish.
+
+    Args:
+        x: [..., m, n] floating point. Not modified.
+        amax: [..., 1, 1], the largest absolute value of each matrix.
+
+    Returns:
+        [..., m, n] contiguous, float32 or, for a float64 input, float64. Zero where amax is zero,
+        NaN where amax is not finite.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.empty(x.shape, dtype=wide, device=x.device)
+    return torch.mul(x, power_of_two(amax.to(wide)), out=out)
+
+
+def nonzero(norm: Tensor) -> Tensor:
+    """`norm` with ones for zeros, so that 0 / norm is 0. An added eps would bias small matrices."""
+    return torch.where(norm == 0, torch.ones_like(norm), norm)

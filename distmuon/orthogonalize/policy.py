@@ -1,0 +1,130 @@
+"""Which dtype to compute in and which form to use, from detected abilities of the device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from distmuon.orthogonalize.products import SMALLEST_CUT
+from distmuon.orthogonalize.schedule import Schedule
+from distmuon.orthogonalize.stability import Arithmetic, windows
+
+Form: TypeAlias = Literal["newton_schulz", "gram"]
+
+# Long side over short side from which the Gram form is faster: measured, docs/numerics.md. Below
+# the size at which symmetric products are cut, it saves less.
+_GRAM_ASPECT = 1.25
+_GRAM_ASPECT_UNCUT = 1.5
+
+_ARITHMETIC: dict[torch.dtype, Arithmetic] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+@cache
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware and torch was built to use it.
+
+    Without, torch falls back to a loop many times slower than float32 (docs/numerics.md).
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    # torch.cpu.get_capabilities() is younger than the oldest torch that the package accepts.
+    supported: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return supported
+
+
+def working_dtype(x: Tensor, requested: torch.dtype | None) -> torch.dtype:
+    """Dtype of the matrix products.
+
+    Args:
+        x: [..., m, n], any supported dtype and device.
+        requested: the caller's choice, or None.
+
+    Returns:
+        `requested` if given. Else float64 for a float64 input; on a GPU float16 where the Gram
+        form applies and bfloat16 elsewhere (float16 where there is no bfloat16); on a CPU float32,
+        except that a bfloat16 input stays bfloat16 where that is fast; float32 on other devices.
+
+    Raises:
+        TypeError: `requested` is not a dtype.
+        ValueError: `requested` is not a dtype that the iterations support.
+    """
+    if requested is not None:
+        return _checked(requested)
+    if x.dtype == torch.float64:
+        return torch.float64
+    if x.device.type == "cuda":
+        return _cuda_dtype(x)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_has_fast_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _checked(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"Invalid {dtype=}. Must be a torch.dtype such as torch.float32, or None.")
+    if dtype not in _ARITHMETIC:
+        raise ValueError(
+            f"Invalid {dtype=}. Must be torch.float64, float32, float16 or bfloat16, or None."
+        )
+    return dtype
+
+
+def _cuda_dtype(x: Tensor) -> torch.dtype:
+    if _elongated(x) or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
+    """Precision that products of this dtype really have.
+
+    torch.set_float32_matmul_precision may replace float32 products by TF32 or bfloat16 ones, whose
+    Gram matrices need the guards of those.
+
+    Args:
+        dtype: one of float64, float32, float16, bfloat16.
+        device: where the products run.
+
+    Returns:
+        The name of the precision.
+    """
+    if dtype != torch.float32:
+        return _ARITHMETIC[dtype]
+    setting = torch.get_float32_matmul_precision()
+    if setting == "medium" and device.type == "cpu" and cpu_has_fast_bfloat16():
+        return "bfloat16"
+    return "float32" if setting == "highest" else "tf32"
+
+
+def choose_form(x: Tensor, schedule: Schedule, precision: Arithmetic) -> Form:
+    """The faster of the two forms among those that are stable here.
+
+    Args:
+        x: [..., m, n] in the dtype of the iteration, m <= n or m > n alike.
+        schedule: coefficients.
+        precision: precision of the products.
+
+    Returns:
+        "gram" for elongated matrices where `stability.windows` allows it, else "newton_schulz".
+    """
+    if not _elongated(x):
+        return "newton_schulz"
+    try:
+        windows(schedule, precision)
+    except ValueError:
+        return "newton_schulz"
+    return "gram"
+
+
+def _elongated(x: Tensor) -> bool:
+    short, long = sorted(x.shape[-2:])
+    cut = short >= SMALLEST_CUT or x.device.type == "cuda"
+    return long >= (_GRAM_ASPECT if cut else _GRAM_ASPECT_UNCUT) * short

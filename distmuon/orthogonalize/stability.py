@@ -1,0 +1,114 @@
+"""Which schedules survive rounding, in which dtype, and where the Gram form must start anew."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Literal, TypeAlias
+
+import torch
+
+from distmuon.orthogonalize.schedule import Schedule, Triple
+
+Arithmetic: TypeAlias = Literal["float64", "float32", "tf32", "float16", "bfloat16"]
+
+# How far one rounded step may push the largest singular value past its exact place.
+_OVERSHOOT: dict[Arithmetic, float] = {
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "tf32": 4e-3,
+    "float16": 4e-3,
+    "bfloat16": 1e-2,
+}
+# Size of the spurious eigenvalues, some of them negative, of a computed X Xᵀ of norm 1.
+_SPURIOUS: dict[Arithmetic, float] = {
+    "float64": 1e-15,
+    "float32": 1e-7,
+    "tf32": 4e-4,
+    "float16": 4e-4,
+    "bfloat16": 4e-3,
+}
+_SPURIOUS_LIMIT = 0.5
+_LARGEST = 1.5
+_GRID = 4001
+
+
+def check(schedule: Schedule, arithmetic: Arithmetic) -> None:
+    """Refuse a schedule that would blow up or turn a direction around.
+
+    Follows the interval of possible singular values through the steps, each widened by rounding.
+
+    Args:
+        schedule: what to check.
+        arithmetic: precision of the products.
+
+    Raises:
+        ValueError: a singular value could pass 1.5 at the end, or become zero or negative.
+    """
+    problem = _problem(schedule, arithmetic)
+    if problem:
+        raise ValueError(
+            f"Invalid coefficients: schedule {schedule.name!r} {problem} in {arithmetic}. Deflate "
+            "it (a/s, b/s**3, c/s**5 with s = 1.02), give the norm it was made for, or take "
+            "`coefficients.generate(lower, steps)`."
+        )
+
+
+@cache
+def _problem(schedule: Schedule, arithmetic: Arithmetic) -> str:
+    grid = torch.linspace(0.0, 1.0, _GRID, dtype=torch.float64)[1:]
+    widening = 1 + _OVERSHOOT[arithmetic]
+    top = widening / schedule.safety
+    for step, (a, b, c) in enumerate(schedule.coefficients):
+        square = (grid * top) ** 2
+        # The factor, not the value: its sign says whether the direction is kept.
+        factor = a + square * (b + square * c)
+        if not bool((factor > 0).all()):
+            return f"turns singular values to zero or negative in step {step + 1}"
+        top = float((factor * grid).max()) * top * widening
+        if not math.isfinite(top) or top > 1e3:
+            return f"lets singular values grow past 1000 by step {step + 1}"
+    return f"lets singular values grow to {top:.3g}" if top > _LARGEST else ""
+
+
+@cache
+def windows(schedule: Schedule, arithmetic: Arithmetic) -> tuple[tuple[Triple, ...], ...]:
+    """Cut a schedule where the Gram form must form X Xᵀ anew.
+
+    A spurious eigenvalue of size d grows by a**2 each step that is done on the Gram matrix alone,
+    so a window of steps with slopes a, b, ... stays harmless while d * (a * b * ...)**2 < 1/2.
+
+    Args:
+        schedule: coefficients.
+        arithmetic: precision of the products.
+
+    Returns:
+        The coefficients, cut into the fewest such windows from the left.
+
+    Raises:
+        ValueError: no window can hold even two steps, or one step alone is past the limit: the
+            Gram form has no advantage then, and the plain form no such problem.
+    """
+    limit = math.sqrt(_SPURIOUS_LIMIT / _SPURIOUS[arithmetic])
+    cut: list[list[Triple]] = []
+    growth = math.inf
+    for triple in schedule.coefficients:
+        slope = abs(triple[0])
+        if slope >= limit:
+            raise ValueError(_refusal(schedule, arithmetic))
+        if growth * slope >= limit:
+            cut.append([])
+            growth = 1.0
+        cut[-1].append(triple)
+        growth *= slope
+    if len(cut) == schedule.steps > 1 or arithmetic == "bfloat16":
+        raise ValueError(_refusal(schedule, arithmetic))
+    return tuple(tuple(window) for window in cut)
+
+
+def _refusal(schedule: Schedule, arithmetic: Arithmetic) -> str:
+    return (
+        f"Invalid method='gram' for schedule {schedule.name!r} in {arithmetic}: rounding errors of "
+        "the Gram matrix would be amplified past the result. Use method='newton_schulz', or "
+        "dtype=torch.float16 or torch.float32."
+    )

@@ -1,0 +1,194 @@
+"""Parameter groups for `Muon`: which update rule each parameter gets, and why.
+
+Muon is for the hidden matrices. Embeddings, output heads, norms, biases and whatever is no matrix
+go to AdamW.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from distmuon.routing import Entry, Kind, Route, Rule, Verdict, find_parameters, judge
+
+__all__ = ["Decay", "Route", "build_param_groups", "format_routes", "route"]
+
+Decay = Literal["weights", "all"]
+
+_UNDECAYED: frozenset[Kind] = frozenset({"norm", "bias", "vector"})
+
+
+def build_param_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.1,
+    decay: Decay = "weights",
+    overrides: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters into groups for `distmuon.Muon`.
+
+    Args:
+        model: Any module; wrappers (DDP, torch.compile, activation checkpointing) are looked
+            through.
+        weight_decay: Decoupled decay per unit of lr for the decayed groups.
+        decay: "weights" decays all but norms, biases and other vectors; "all" decays these too.
+        overrides: As for `route`.
+
+    Returns:
+        One group for each non-empty pair of algorithm and decay, Muon's first: "params" as
+        (FQN, parameter) pairs in the model's order, "algorithm", "weight_decay", and "reasons",
+        parallel to "params". Every trainable parameter is in exactly one of them.
+
+    Raises:
+        TypeError: `model` is no module, a parameter is a DTensor, or an option has a wrong type.
+        ValueError: nothing is trainable, a parameter is uninitialized or empty, an option is out
+            of range, or an override matches nothing or asks Muon to take what is no matrix.
+    """
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
+        raise TypeError(f"Invalid {weight_decay=}. Must be a number.")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"Invalid {weight_decay=}. Must be >= 0.0 and finite.")
+    if decay not in ("weights", "all"):
+        raise ValueError(f'Invalid {decay=}. Must be "weights" or "all".')
+
+    entries = find_parameters(model)
+    groups: dict[tuple[Rule, float], dict[str, Any]] = {}
+    for entry, found in zip(entries, _decide(entries, model, overrides), strict=True):
+        if found.algorithm == "frozen":
+            continue
+        decayed = decay == "all" or found.kind not in _UNDECAYED
+        key = (found.algorithm, float(weight_decay) if decayed else 0.0)
+        if key not in groups:
+            groups[key] = {
+                "params": [],
+                "algorithm": key[0],
+                "weight_decay": key[1],
+                "reasons": [],
+            }
+        groups[key]["params"].append((found.fqn, entry.parameter))
+        groups[key]["reasons"].append(found.reason)
+    # One order whatever the model registers first: Muon's, then by decay.
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0] != "muon", -key[1]))]
+
+
+def route(model: nn.Module, *, overrides: Mapping[str, str] | None = None) -> tuple[Route, ...]:
+    """Decide for every parameter of a model, without touching it.
+
+    Args:
+        model: Any module.
+        overrides: "muon" or "adamw" by glob pattern over FQNs, as in `{"*.router.weight":
+            "adamw"}`; of several patterns that match, the last one counts. Each must match a
+            trainable parameter.
+
+    Returns:
+        One route for each parameter, frozen ones included, in the model's order.
+
+    Raises:
+        TypeError: `model` is no module, or a parameter is a DTensor.
+        ValueError: nothing is trainable, a parameter is uninitialized or empty, or an override
+            matches nothing or asks Muon to take what is no matrix.
+    """
+    return _decide(find_parameters(model), model, overrides)
+
+
+def format_routes(routes: Iterable[Route]) -> str:
+    """Lay routes out as a table in which equal layers share a line.
+
+    Args:
+        routes: From `route`.
+
+    Returns:
+        Lines of name, shape, algorithm and reason, then the number of elements by algorithm.
+    """
+    folded: dict[tuple[str, Route], list[str]] = defaultdict(list)
+    elements: dict[str, int] = defaultdict(int)
+    for each in routes:
+        pattern = ".".join("*" if part.isdecimal() else part for part in each.fqn.split("."))
+        folded[pattern, replace(each, fqn="")].append(each.fqn)
+        elements[each.algorithm] += math.prod(each.shape)
+    rows = [("parameter", "shape", "algorithm", "reason")]
+    for (pattern, each), names in folded.items():
+        name = f"{pattern} x {len(names)}" if len(names) > 1 else names[0]
+        rows.append((name, str(list(each.shape)), each.algorithm, each.reason))
+    name_width, shape_width, rule_width, _ = (
+        max(len(row[column]) for row in rows) for column in range(4)
+    )
+    lines = [
+        f"{name:<{name_width}}  {shape:<{shape_width}}  {rule:<{rule_width}}  {reason}"
+        for name, shape, rule, reason in rows
+    ]
+    total = sum(elements.values())
+    lines += [f"{rule}: {count:,} of {total:,} elements" for rule, count in elements.items()]
+    return "\n".join(lines)
+
+
+def _decide(
+    entries: Sequence[Entry], model: nn.Module, overrides: Mapping[str, str] | None
+) -> tuple[Route, ...]:
+    routes = [
+        _to_route(entry, verdict)
+        for entry, verdict in zip(entries, judge(entries, model), strict=True)
+    ]
+    for pattern, algorithm in (overrides or {}).items():
+        _override_(routes, entries, pattern, algorithm)
+    return tuple(routes)
+
+
+def _to_route(entry: Entry, verdict: Verdict) -> Route:
+    algorithm: Rule = "muon" if verdict.kind in ("matrix", "stack") else "adamw"
+    reason = verdict.reason
+    if not entry.parameter.requires_grad:
+        algorithm, reason = "frozen", "requires_grad=False"
+    if len(entry.uses) > 1:
+        reason += f"; shared with {', '.join(use.fqn for use in entry.uses[1:])}"
+    shape = tuple(entry.parameter.shape)
+    return Route(entry.uses[0].fqn, shape, algorithm, verdict.kind, reason)
+
+
+def _override_(routes: list[Route], entries: Sequence[Entry], pattern: str, algorithm: str) -> None:
+    if algorithm not in ("muon", "adamw"):
+        raise ValueError(
+            f'Invalid override {pattern!r}: {algorithm!r}. Must be "muon" or "adamw"; to leave a '
+            "parameter untrained, set its requires_grad=False."
+        )
+    matched = [
+        index
+        for index, entry in enumerate(entries)
+        if any(fnmatchcase(use.fqn, pattern) for use in entry.uses)
+    ]
+    if not matched:
+        names = [use.fqn for entry in entries for use in entry.uses]
+        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+        hint = f" Closest: {', '.join(close)}." if close else f" It has, for one, {names[0]}."
+        raise ValueError(f"Override {pattern!r} matches no parameter of the model.{hint}")
+    trained = [index for index in matched if routes[index].algorithm != "frozen"]
+    if not trained:
+        raise ValueError(
+            f"Override {pattern!r} matches only frozen parameters, "
+            f"{routes[matched[0]].fqn} for one. Set requires_grad=True first, or leave it out."
+        )
+    for index in trained:
+        if algorithm == "muon":
+            _check_matrix(entries[index], pattern)
+        routes[index] = replace(
+            routes[index], algorithm=cast(Rule, algorithm), reason=f"override {pattern!r}"
+        )
+
+
+def _check_matrix(entry: Entry, pattern: str) -> None:
+    convolution = any(isinstance(use.owner, _ConvNd) for use in entry.uses)
+    if convolution or entry.parameter.dim() not in (2, 3):
+        what = "the kernel of a convolution" if convolution else "no matrix"
+        raise ValueError(
+            f"Override {pattern!r} sends {entry.uses[0].fqn} to Muon, but its shape is "
+            f"{list(entry.parameter.shape)}: {what}. Muon takes [m, n] or stacks [E, m, n]; make "
+            "the pattern narrower."
+        )

@@ -1,0 +1,52 @@
+"""What an optimizer has done so far, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Counts taken by `Muon.step`; never a collective, so each rank has its own.
+
+    Attributes:
+        steps: Completed steps.
+        rank: This rank in the process group.
+        world_size: Ranks in the process group.
+        matrices: Muon parameters in the model.
+        matrices_owned: Those that this rank orthogonalizes.
+        newton_schulz_calls: Parameters that this rank has orthogonalized, summed over the steps.
+        newton_schulz_expected: Owned parameters that had a gradient, summed over the steps.
+        bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
+            matrices, "publish" of parameters, "agree" on which gradients exist and are finite.
+        state_bytes: Optimizer state on this rank, fp32 master weights included.
+        muon_parameters: Elements updated by Muon in the whole model.
+        adamw_parameters: Elements updated by AdamW in the whole model.
+    """
+
+    steps: int
+    rank: int
+    world_size: int
+    matrices: int
+    matrices_owned: int
+    newton_schulz_calls: int
+    newton_schulz_expected: int
+    bytes_sent: Mapping[str, int]
+    state_bytes: int
+    muon_parameters: int
+    adamw_parameters: int
+
+    @override
+    def __str__(self) -> str:
+        steps = max(self.steps, 1)
+        sent = ", ".join(f"{kind} {count / steps:,.0f}" for kind, count in self.bytes_sent.items())
+        return (
+            f"rank {self.rank} of {self.world_size}: Muon orthogonalized "
+            f"{self.matrices_owned} of {self.matrices} matrices x {self.steps} steps = "
+            f"{self.newton_schulz_calls:,} of {self.newton_schulz_expected:,}; "
+            f"{self.muon_parameters:,} elements by Muon, {self.adamw_parameters:,} by AdamW; "
+            f"state {self.state_bytes:,} bytes; bytes sent per step: {sent or 'none'}"
+        )

@@ -1,0 +1,366 @@
+"""What each parameter of a model is, and so which update rule it gets, with the reason.
+
+What a module *is* decides first, what it is called second. A tensor used in several places is
+judged once, and any use as an embedding or output head wins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+Rule = Literal["muon", "adamw", "frozen"]
+Kind = Literal["matrix", "stack", "embedding", "head", "norm", "bias", "vector", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What happens to one parameter.
+
+    Attributes:
+        fqn: Its name in the unwrapped model; the first one if it is used in several places.
+        shape: Its shape.
+        algorithm: "muon", "adamw", or "frozen" for one that is not trained.
+        kind: What it was taken for.
+        reason: Why, for a person.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    algorithm: Rule
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One place where a parameter is registered.
+
+    Attributes:
+        fqn: Name from the root, wrappers left out.
+        owner: The module it belongs to.
+    """
+
+    fqn: str
+    owner: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A parameter with all its uses, the first registered first."""
+
+    parameter: nn.Parameter
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a parameter is, and why it is taken for that."""
+
+    kind: Kind
+    reason: str
+
+
+# --------------------------------------------------------------------------------------------------
+# The parameters and their names.
+
+_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_WRAPPERS = frozenset(
+    {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+)
+
+
+def find_parameters(model: nn.Module) -> list[Entry]:
+    """List every parameter of a model once, with all its names.
+
+    Args:
+        model: Any module, wrapped or not.
+
+    Returns:
+        Parameters in the order in which the model registers them.
+
+    Raises:
+        TypeError: `model` is no module, or a parameter is a DTensor.
+        ValueError: nothing is trainable, or a parameter is uninitialized or empty.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Invalid model of type {type(model).__name__}. Must be a torch.nn.Module: it is the "
+            "modules that tell an embedding from a hidden matrix."
+        )
+    parameters: dict[int, nn.Parameter] = {}
+    uses: dict[int, list[Use]] = defaultdict(list)
+    named: dict[str, int] = {}
+    for path, module, owner in _walk(model):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            fqn = f"{path}.{leaf}" if path else leaf
+            _check(fqn, parameter)
+            if named.setdefault(fqn, id(parameter)) != id(parameter):
+                raise ValueError(f"Two parameters are called {fqn!r} once wrappers are left out.")
+            parameters[id(parameter)] = parameter
+            uses[id(parameter)].append(Use(fqn, owner))
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(
+            f"{type(model).__name__} has {len(parameters)} parameters and none is trainable. "
+            "Set requires_grad=True on those to train before building the groups."
+        )
+    return [Entry(parameters[key], tuple(places)) for key, places in uses.items()]
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield each module's canonical path, itself, and the module its parameters belong to."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        parts = path.split(".") if path else []
+        kept = [
+            part
+            for depth, part in enumerate(parts)
+            if part not in _TRANSPARENT
+            and not (part == "module" and _is_wrapper(modules[".".join(parts[:depth])]))
+        ]
+        owner = module
+        if isinstance(module, ParametrizationList):
+            # weight_norm and the like keep `embed.weight` as `embed.parametrizations.weight.*`.
+            owner = modules[".".join(parts[:-2])]
+        yield ".".join(kept), module, owner
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    # By name: DeepSpeed must not be imported for this, and a model may have its own `module`.
+    return any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
+
+
+def _check(fqn: str, parameter: nn.Parameter) -> None:
+    if is_lazy(parameter):
+        raise ValueError(
+            f"{fqn} is uninitialized (a lazy module). Run one batch through the model first."
+        )
+    if hasattr(parameter, "placements"):
+        raise TypeError(
+            f"{fqn} is a DTensor. distmuon shards plain parameters itself: leave the model "
+            "unsharded (DistributedDataParallel), or use an optimizer made for FSDP2."
+        )
+    if parameter.requires_grad and parameter.numel() == 0:
+        raise ValueError(
+            f"{fqn} has shape {list(parameter.shape)}, no elements. Freeze it; or, if ZeRO-3 took "
+            "the parameters apart (deepspeed.zero.Init), use ZeRO-1 instead."
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The judgement.
+
+_NORM_CLASS = re.compile(r"\w*Norm(\dd)?")
+_EMBEDDING_CLASS = re.compile(r"\w*Embed(der|dings?)?(Bag|Table|Layer)?")
+_EMBEDDING_NAME = re.compile(
+    r"(\w*_)?(emb|embed|embeds|embedding|embeddings|embedder|wte|wpe)(_(tokens|positions|in|table))?"
+    r"|(\w*_)?(pos|position|positional)_(\w+_)?(table|encoding)"
+    r"|(\w*_)?(cls|class|mask|register|query)_tokens?"
+)
+_HEAD_NAME = re.compile(
+    r"(\w*_)?heads?|classifier|scores?|unembed(ding)?|embed_out|to_logits|qa_outputs"
+    r"|output_projection"
+)
+# Too common elsewhere to mean a head, except for a Linear that is the model's own child.
+_TOP_LEVEL_HEAD_NAME = re.compile(r"output|out|fc|decoder|logits")
+_FUSED_NAME = re.compile(
+    r"\w*qkv\w*|in_proj_weight|c_attn|query_key_value|\w*gate_up\w*|weight_[ih]h_l\w+"
+)
+_LORA_NAME = re.compile(r"lora_\w+")
+
+
+def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
+    """Decide what each parameter is.
+
+    Args:
+        entries: From `find_parameters(model)`.
+        model: The model, asked for its input and output embeddings where it can tell.
+
+    Returns:
+        Verdicts parallel to `entries`; "matrix" and "stack" are for Muon.
+    """
+    marked = {
+        **_last_linear_of_vocabulary_size(entries),
+        **_heads_by_name(entries),
+        **_declared(model),
+    }
+    moe_paths = frozenset(
+        f".{use.fqn}".split(".experts.")[0]
+        for entry in entries
+        for use in entry.uses
+        if ".experts." in f".{use.fqn}"
+    )
+    return [
+        _by_part(entry)
+        or _by_embedding_class(entry)
+        or marked.get(id(entry.parameter))
+        or _by_embedding_name(entry)
+        or _by_shape(entry)
+        or _matrix(entry, moe_paths)
+        for entry in entries
+    ]
+
+
+def _by_part(entry: Entry) -> Verdict | None:
+    """Judge adapters, norms, biases and vectors: what they are does not depend on their module."""
+    for use in entry.uses:
+        leaf = use.fqn.rpartition(".")[2]
+        if any(_LORA_NAME.fullmatch(part) for part in use.fqn.split(".")):
+            return Verdict("other", "LoRA factor: orthogonalizing one factor is not Muon on W")
+        if norm := _base_class(use.owner, _NORM_CLASS):
+            return Verdict("norm", f"norm ({norm})")
+        if leaf.endswith("bias"):
+            return Verdict("bias", "bias")
+    if entry.parameter.dim() < 2:
+        return Verdict("vector", f"{entry.parameter.dim()}-D, no matrix")
+    return None
+
+
+def _by_embedding_class(entry: Entry) -> Verdict | None:
+    for use in entry.uses:
+        if name := _base_class(use.owner, _EMBEDDING_CLASS):
+            return Verdict("embedding", f"embedding ({name})")
+    return None
+
+
+def _by_embedding_name(entry: Entry) -> Verdict | None:
+    for use in entry.uses:
+        name = _telling_name(use.fqn)
+        if _EMBEDDING_NAME.fullmatch(name):
+            return Verdict("embedding", f"embedding by its name, {name}")
+    return None
+
+
+def _by_shape(entry: Entry) -> Verdict | None:
+    shape = list(entry.parameter.shape)
+    if any(isinstance(use.owner, _ConvNd) for use in entry.uses):
+        return Verdict("other", "convolution: orthogonalizing flattened kernels is not done yet")
+    if len(shape) > 3:
+        return Verdict("other", f"{len(shape)}-D, no matrix or stack of matrices")
+    if 1 in shape[-2:]:
+        return Verdict("other", "one row or column: its polar factor is only its direction")
+    if len(shape) == 3 and shape[0] == 1:
+        return Verdict("embedding", "first dimension 1: a broadcast table, not a stack of matrices")
+    return None
+
+
+def _matrix(entry: Entry, moe_paths: frozenset[str]) -> Verdict:
+    first = entry.uses[0]
+    parent, _, name = f".{first.fqn}".removesuffix(".weight").rpartition(".")
+    if len(entry.parameter.shape) == 3:
+        count = entry.parameter.shape[0]
+        return Verdict("stack", f"stack of {count} matrices, orthogonalized one by one")
+    if name in ("router", "gate") and parent in moe_paths:
+        return Verdict("matrix", "hidden matrix (MoE router, as Moonlight does)")
+    if _FUSED_NAME.fullmatch(name):
+        return Verdict("matrix", "hidden matrix, its fused blocks orthogonalized as one")
+    return Verdict("matrix", f"hidden matrix ({type(first.owner).__name__})")
+
+
+# --------------------------------------------------------------------------------------------------
+# Heads and embeddings that only the whole model can tell.
+
+
+def _declared(model: nn.Module) -> dict[int, Verdict]:
+    """What the model itself says through Hugging Face's two getters."""
+    marked: dict[int, Verdict] = {}
+    getters: tuple[tuple[str, Kind], ...] = (
+        ("get_output_embeddings", "head"),
+        ("get_input_embeddings", "embedding"),
+    )
+    for getter, kind in getters:  # the embedding second: it wins over the head tied to it
+        for module in model.modules():
+            try:
+                part = getattr(module, getter)()
+            except (AttributeError, NotImplementedError, TypeError):
+                continue  # no such part, or a method of another meaning: classes and names decide
+            if isinstance(part, nn.Module):
+                word = "output head" if kind == "head" else "embedding"
+                verdict = Verdict(kind, f"{word} (the model's {getter})")
+                marked.update((id(p), verdict) for p in part.parameters() if p.dim() >= 2)
+    return marked
+
+
+def _heads_by_name(entries: Sequence[Entry]) -> dict[int, Verdict]:
+    """Find output heads by conventional names.
+
+    In a container with such a name (`classifier.dense`, `classifier.out_proj`) only the last matrix
+    is the head; inside numbered layers a container is none (`blocks.0.heads.3.key`).
+    """
+    found: dict[str, tuple[int, Verdict]] = {}
+    for entry in entries:
+        for use in entry.uses:
+            parts = use.fqn.split(".")
+            if entry.parameter.dim() < 2 or any(map(_LORA_NAME.fullmatch, parts)):
+                continue
+            name = _telling_name(use.fqn)
+            key = _head_container(parts)
+            if _HEAD_NAME.fullmatch(name) or (
+                len(parts) == 2
+                and isinstance(use.owner, nn.Linear)
+                and _TOP_LEVEL_HEAD_NAME.fullmatch(name)
+            ):
+                key = key or use.fqn
+            if key:
+                label = name if key == use.fqn else f"last matrix of {key}"
+                verdict = Verdict("head", f"output head by its name, {label}")
+                found[key] = id(entry.parameter), verdict
+    return dict(found.values())
+
+
+def _head_container(parts: Sequence[str]) -> str | None:
+    for depth, part in enumerate(parts[:-2]):
+        if part.isdecimal():
+            return None
+        if _HEAD_NAME.fullmatch(part):
+            return ".".join(parts[: depth + 1])
+    return None
+
+
+def _last_linear_of_vocabulary_size(entries: Sequence[Entry]) -> dict[int, Verdict]:
+    """Find a head that no name gives away: one output for each row of an embedding.
+
+    Only the last Linear, and only if no other has as many outputs: a position table can be as long
+    as a hidden layer is wide.
+    """
+    rows = {
+        use.owner.num_embeddings: use.fqn
+        for entry in entries
+        for use in entry.uses
+        if isinstance(use.owner, (nn.Embedding, nn.EmbeddingBag))
+    }
+    linears = [
+        entry
+        for entry in entries
+        if entry.parameter.dim() == 2 and isinstance(entry.uses[0].owner, nn.Linear)
+    ]
+    if not linears:
+        return {}
+    *others, last = linears
+    outputs = last.parameter.shape[0]
+    if outputs not in rows or any(each.parameter.shape[0] == outputs for each in others):
+        return {}
+    reason = f"output head: the last Linear, one output for each row of {rows[outputs]}"
+    return {id(last.parameter): Verdict("head", reason)}
+
+
+def _telling_name(fqn: str) -> str:
+    """The part of a name that a person chose: `pos_embed.0.weight` -> `pos_embed`."""
+    for part in reversed(fqn.split(".")):
+        if not (part.isdecimal() or part in ("weight", "original", "original0", "original1")):
+            return part
+    return fqn
+
+
+def _base_class(module: nn.Module, pattern: re.Pattern[str]) -> str | None:
+    """The name of the module's own class if it or one of its bases matches."""
+    matches = any(pattern.fullmatch(base.__name__) for base in type(module).__mro__)
+    return type(module).__name__ if matches else None

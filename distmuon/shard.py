@@ -1,0 +1,191 @@
+"""One rank's range of a flat parameter buffer, with the optimizer state that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distmuon.collectives import Communicator
+from distmuon.layout import Layout
+
+
+class Run(NamedTuple):
+    """Neighbouring pieces of a shard that are updated alike.
+
+    Attributes:
+        group: Index of their parameter group.
+        step: Number of their update, from 1.
+        start: First element in the shard.
+        stop: One past the last.
+    """
+
+    group: int
+    step: int
+    start: int
+    stop: int
+
+
+class Shard:
+    """The flat buffer of same-dtype parameters and this rank's 1/N of their state.
+
+    The parameters become views of the buffer, so that one in-place all-gather publishes them. The
+    rank's own range is updated in at least fp32: it is the buffer itself for fp32 parameters and a
+    master copy for narrower ones.
+
+    Attributes:
+        layout: Where the parameters lie.
+        parameters: The parameters, in flat order.
+        flat: [layout.numel], the parameters' dtype; every parameter is a view of it.
+        master: [layout.shard_numel], fp32 or wider; this rank's range of the parameters.
+        state: Named state, each [layout.shard_numel] in the dtype of `master`, zeros at first.
+        steps: How often each parameter has been updated.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        parameters: Sequence[Tensor],
+        state_names: Sequence[str],
+    ) -> None:
+        """Copy the parameters into one buffer and make them views of it.
+
+        Args:
+            layout: Where each parameter lies.
+            rank: Whose range of the buffer this is.
+            parameters: One per `layout.specs` entry, same dtype and device.
+            state_names: Names of the state tensors to allocate.
+        """
+        self.layout = layout
+        self.parameters = tuple(parameters)
+        self.segments = layout.segments(rank)
+        self.steps = [0] * len(parameters)
+        first = parameters[0]
+        self.flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
+        self._views = tuple(
+            self.flat[offset : offset + spec.numel].view(spec.shape)
+            for spec, offset in zip(layout.specs, layout.offsets, strict=True)
+        )
+        self._mine = self.flat.view(layout.world_size, -1)[rank]
+        self.adopt()
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.master = self._mine.to(dtype)  # shares storage when the dtype is already wide enough
+        self.state = {name: torch.zeros_like(self.master) for name in state_names}
+
+    def adopt(self) -> None:
+        """Take in parameters whose storage was replaced since the last step.
+
+        `model.to()`, `load_state_dict(assign=True)` and wrappers put new storage under a Parameter.
+
+        Raises:
+            RuntimeError: if a parameter now has another dtype or device.
+        """
+        for spec, parameter, view in zip(
+            self.layout.specs, self.parameters, self._views, strict=True
+        ):
+            if parameter.data_ptr() == view.data_ptr() and parameter.device == view.device:
+                continue
+            if (parameter.dtype, parameter.device) != (view.dtype, view.device):
+                raise RuntimeError(
+                    f"{spec.name} became {parameter.dtype} on {parameter.device} after the first "
+                    f"step; its optimizer state is for {view.dtype} on {view.device}. Move the "
+                    "model before the first step, or build a new optimizer."
+                )
+            view.copy_(parameter.data)
+            parameter.data = view
+
+    def adopt_values(self) -> None:
+        """Take in values that were written into narrow parameters since the last publication.
+
+        Without it, weights loaded into a bf16 model would be overwritten by their old fp32 master.
+        """
+        if self.master.dtype != self.flat.dtype:
+            written = self._mine != self.master.to(self.flat.dtype)
+            self.master.copy_(torch.where(written, self._mine.to(self.master.dtype), self.master))
+
+    def read_grad(self) -> Tensor:
+        """This rank's range of the averaged gradients.
+
+        Returns:
+            [layout.shard_numel] in the dtype of `master`; zero where a parameter has no gradient.
+
+        Raises:
+            TypeError: for a sparse gradient, naming the parameter.
+        """
+        grad = torch.zeros_like(self.master)
+        for segment in self.segments:
+            source = self.parameters[segment.tensor].grad
+            if source is None:
+                continue
+            if source.layout != torch.strided:
+                name = self.layout.specs[segment.tensor].name
+                raise TypeError(
+                    f"{name} has a {source.layout} gradient. Must be dense: build its layer with "
+                    "sparse=False."
+                )
+            piece = source.reshape(-1)[segment.tensor_start :][: segment.numel]
+            grad[segment.shard_start :][: segment.numel].copy_(piece)
+        return grad
+
+    def first_nonfinite(self, grad: Tensor) -> str | None:
+        """Name of the first parameter with a NaN or an infinity in this rank's range.
+
+        Args:
+            grad: [layout.shard_numel], from `read_grad`.
+
+        Returns:
+            Its FQN, or None if all is finite.
+        """
+        if bool(torch.isfinite(grad).all()):
+            return None
+        for segment in self.segments:
+            piece = grad[segment.shard_start :][: segment.numel]
+            if not bool(torch.isfinite(piece).all()):
+                return self.layout.specs[segment.tensor].name
+        raise AssertionError("alignment gaps hold zeros")
+
+    def begin_step(self, present: Sequence[bool], groups: Sequence[int]) -> list[Run]:
+        """Count one more update of the present parameters and say where they lie.
+
+        Args:
+            present: For each parameter whether it is updated.
+            groups: Index of each parameter's group.
+
+        Returns:
+            Runs in shard order. Alignment gaps inside a run are covered: they hold zeros.
+        """
+        self.steps = [step + has for step, has in zip(self.steps, present, strict=True)]
+        merged: list[Run] = []
+        follows = False  # whether the piece before this one belongs to the last run
+        for segment in self.segments:
+            tensor, stop = segment.tensor, segment.shard_start + segment.numel
+            run = Run(groups[tensor], self.steps[tensor], segment.shard_start, stop)
+            if not present[tensor]:
+                follows = False
+            elif follows and merged[-1][:2] == run[:2]:
+                merged[-1] = merged[-1]._replace(stop=stop)
+            else:
+                merged.append(run)
+                follows = True
+        return merged
+
+    def publish(self, communicator: Communicator) -> None:
+        """Give every rank the updated parameters.
+
+        Args:
+            communicator: The group over which the buffer is sharded.
+        """
+        if self.master.dtype != self.flat.dtype:
+            self._mine.copy_(self.master)
+        communicator.publish(self.flat)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank, the fp32 master of narrow parameters included."""
+        held = list(self.state.values())
+        if self.master.dtype != self.flat.dtype:
+            held.append(self.master)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -1,0 +1,149 @@
+"""The elementwise halves of Muon and AdamW, on any contiguous piece of a flat buffer.
+
+Every function here gives the same bits for an element wherever the piece starts and ends, which is
+what lets a sharded optimizer equal the one-process optimizer bitwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+AdjustLrMode = Literal["match_rms_adamw", "max_dim", "original", "mup", "none"]
+AdjustLrFn = AdjustLrMode | Callable[[int, int], float]
+
+_ADJUST_LR: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+    "max_dim": lambda rows, cols: 0.2 * max(rows, cols),
+    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
+    "mup": lambda rows, cols: math.sqrt(rows / cols),
+    "none": lambda rows, cols: 1.0,
+}
+
+
+def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
+    """Factor on the orthogonalized update of an A x B matrix.
+
+    The polar factor of an A x B matrix of rank r has r singular values of 1, so its root mean
+    square is `sqrt(r / (A*B))`, which is `1 / sqrt(max(A, B))` at full rank. After the factor:
+
+    | `adjust_lr_fn`      | factor                | update RMS at full rank         |
+    |---------------------|-----------------------|---------------------------------|
+    | `"match_rms_adamw"` | `0.2*sqrt(max(A, B))` | 0.2                             |
+    | `"max_dim"`         | `0.2*max(A, B)`       | `0.2*sqrt(max(A, B))`           |
+    | `"original"`        | `sqrt(max(1, A/B))`   | `sqrt(max(1, A/B) / max(A, B))` |
+    | `"mup"`             | `sqrt(A/B)`           | `sqrt(A/B / max(A, B))`         |
+    | `"none"`            | 1                     | `1 / sqrt(max(A, B))`           |
+
+    0.2 is AdamW's usual update RMS, so `match_rms_adamw` keeps AdamW's lr. `max_dim` makes the
+    same step at an lr smaller by `sqrt(max(A, B))`, a different one for each shape.
+
+    Args:
+        adjust_lr_fn: A name above, or a callable `(A, B) -> factor`.
+        rows: A, the output dimension of a `torch.nn.Linear` weight [A, B].
+        cols: B, the input dimension.
+
+    Returns:
+        The factor; lr times factor times the polar factor is the step.
+
+    Raises:
+        ValueError: for an unknown name, or a callable whose result is not positive and finite.
+        TypeError: if `adjust_lr_fn` is neither a name nor callable.
+
+    Source: `match_rms_adamw` Moonlight, arXiv 2502.16982, section 2.2; `original` Keller Jordan's
+    Muon; `mup` Bernstein's modular norm scaling. `max_dim` is Moonlight's rule without the root.
+    """
+    if callable(adjust_lr_fn):
+        factor = float(adjust_lr_fn(rows, cols))
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(
+                f"Invalid adjust_lr_fn: it returned {factor} for a {rows} x {cols} matrix. "
+                "Must be positive and finite."
+            )
+        return factor
+    if not isinstance(adjust_lr_fn, str):
+        raise TypeError(
+            f"Invalid adjust_lr_fn={adjust_lr_fn!r}. Must be one of {sorted(_ADJUST_LR)} "
+            "or a callable (rows, cols) -> float."
+        )
+    if adjust_lr_fn not in _ADJUST_LR:
+        raise ValueError(
+            f"Invalid {adjust_lr_fn=}. Must be one of {sorted(_ADJUST_LR)} "
+            "or a callable (rows, cols) -> float."
+        )
+    return _ADJUST_LR[adjust_lr_fn](rows, cols)
+
+
+def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> None:
+    """Average the gradient into the momentum and turn `grad` into what is orthogonalized.
+
+    `buffer = momentum*buffer + (1 - momentum)*grad`; with Nesterov the result is
+    `momentum*buffer + (1 - momentum)*grad`, without it the buffer itself.
+
+    Args:
+        grad: Any shape; overwritten with the update.
+        momentum_buffer: Same shape and dtype; updated in place, never aliased by `grad`.
+        momentum: Decay of the exponential moving average, in [0, 1).
+        nesterov: Whether to look ahead.
+
+    Source: torch.optim.Muon's convention (an average; Keller Jordan's early code keeps a sum,
+    which is the same buffer divided by `1 - momentum`, and orthogonalization ignores scale).
+    """
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    if nesterov:
+        grad.lerp_(momentum_buffer, momentum)
+    else:
+        grad.copy_(momentum_buffer)
+
+
+def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
+    """Decoupled weight decay, then the step: `param = param*(1 - lr*weight_decay) - lr*update`.
+
+    Args:
+        param: Any shape; updated in place.
+        update: Same shape and dtype, already scaled by `adjust_lr_factor`.
+        lr: Learning rate; the decay uses it unscaled.
+        weight_decay: Decay per unit of lr.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101; Moonlight, arXiv 2502.16982, equation 4.
+    """
+    param.mul_(1 - lr * weight_decay)
+    param.add_(update, alpha=-lr)
+
+
+def adamw_(  # noqa: PLR0913 - two moments and torch.optim.AdamW's hyperparameters
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step with bias correction and decoupled weight decay.
+
+    Args:
+        param: Any shape; updated in place.
+        grad: Same shape and dtype.
+        exp_avg: First moment; updated in place.
+        exp_avg_sq: Second moment; updated in place.
+        step: Number of this step, from 1.
+        lr: Learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decay per unit of lr.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101, in the operation order of torch.optim.AdamW.
+    """
+    beta1, beta2 = betas
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

@@ -1,0 +1,336 @@
+"""The sharded optimizer on real gloo ranks, against the same optimizer in one process."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distmuon import Muon, Report
+from distmuon.plan import ExchangePlan
+from tests.harness import run_ranks
+
+WORLDS = [1, 2, 3, 4, 7]
+# "wide" is so large that its flat range reaches into every rank's shard, for every world size.
+RAGGED = {
+    "wide": (61, 150),
+    "row": (1, 37),
+    "column": (29, 1),
+    "experts": (3, 11, 6),
+    "square": (17, 17),
+    "tall": (40, 9),
+    "tiny": (2, 2),
+}
+OTHERS = {"bias": (23,), "table": (19, 5), "scale": (1,)}
+TWO_MATRICES = {"first": (12, 20), "second": (9, 4)}
+
+
+def build(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, process_group: Any
+) -> tuple[dict[str, nn.Parameter], Muon]:
+    generator = torch.Generator().manual_seed(3)
+    model = {
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in {**shapes, **OTHERS}.items()
+    }
+    matrices = [(name, model[name]) for name in shapes]
+    half = len(matrices) // 2
+    groups = [
+        {"params": matrices[:half]},
+        {"params": matrices[half:], "lr": 5e-3, "nesterov": False, "weight_decay": 0.0},
+        {"params": [(name, model[name]) for name in OTHERS], "algorithm": "adamw"},
+    ]
+    return model, Muon(groups, lr=2e-2, process_group=process_group)
+
+
+def train(
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    process_group: Any,
+    steps: int = 5,
+    absent: dict[int, tuple[str, ...]] | None = None,
+) -> tuple[dict[str, Tensor], Muon]:
+    model, optimizer = build(shapes, dtype, process_group)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(steps):
+        for name, parameter in model.items():
+            grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+            parameter.grad = None if name in (absent or {}).get(step, ()) else grad
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in model.items()}, optimizer
+
+
+def on_rank(
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    absent: dict[int, tuple[str, ...]] | None = None,
+) -> tuple[dict[str, Tensor], Report, tuple[ExchangePlan, ...]]:
+    result, optimizer = train(shapes, dtype, dist.group.WORLD, absent=absent)
+    return result, optimizer.report(), optimizer.plan
+
+
+def assert_same_bits(results: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> None:
+    for rank, result in enumerate(results):
+        for name, expected in reference.items():
+            assert torch.equal(result[name], expected), f"{name} differs on rank {rank}"
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_i1_five_steps_are_bitwise_those_of_one_process(
+    world_size: int, dtype: torch.dtype
+) -> None:
+    reference, _ = train(RAGGED, dtype, None)
+    results, reports, plans = zip(*run_ranks(world_size, on_rank, RAGGED, dtype), strict=True)
+    assert_same_bits(list(results), reference)
+    cut = {s.rank for s in plans[0][0].ownership.layout.holders(_index(plans[0][0], "wide"))}
+    assert cut == set(range(world_size)), "a matrix is cut by every rank"
+    assert sum(report.newton_schulz_calls for report in reports) == 5 * len(RAGGED)
+    assert sum(report.matrices_owned for report in reports) == len(RAGGED)
+
+
+def _index(plan: ExchangePlan, name: str) -> int:
+    return [spec.name for spec in plan.ownership.layout.specs].index(name)
+
+
+def test_i1_more_ranks_than_matrices_and_ranks_that_own_nothing() -> None:
+    reference, _ = train(TWO_MATRICES, torch.float32, None)
+    outcome = run_ranks(4, on_rank, TWO_MATRICES, torch.float32)
+    assert_same_bits([result for result, _, _ in outcome], reference)
+    assert sorted(report.matrices_owned for _, report, _ in outcome) == [0, 0, 1, 1]
+
+
+def test_i1_gradients_absent_everywhere_leave_their_parameters_alone() -> None:
+    absent = {0: ("row",), 2: ("wide", "experts", "bias"), 4: ("tiny", "table")}
+    reference, _ = train(RAGGED, torch.float32, None, absent=absent)
+    outcome = run_ranks(3, on_rank, RAGGED, torch.float32, absent)
+    assert_same_bits([result for result, _, _ in outcome], reference)
+    assert sum(r.newton_schulz_calls for _, r, _ in outcome) == 5 * len(RAGGED) - 4
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_i2_bytes_sent_are_what_the_plan_says(world_size: int) -> None:
+    for _, report, (plan,) in run_ranks(world_size, on_rank, RAGGED, torch.float32):
+        layout = plan.ownership.layout
+        assert report.bytes_sent["gather"] == 5 * 4 * plan.outgoing_numel
+        assert report.bytes_sent["scatter"] == 5 * 4 * plan.incoming_numel
+        others = 16 * -(-(32 + 96 + 16) // (16 * world_size))  # aligned sizes of OTHERS, cut
+        publish = (layout.shard_numel + others) * 4 * (world_size - 1)
+        assert report.bytes_sent["publish"] == 5 * publish
+
+
+def test_i3_state_is_sharded() -> None:
+    shapes = {f"w{i}": (64, 96) for i in range(6)}
+    whole = 4 * (sum(64 * 96 for _ in shapes) + 2 * (32 + 96 + 16))
+    for _, report, _ in run_ranks(4, on_rank, shapes, torch.float32):
+        assert report.state_bytes <= 1.01 * whole / 4
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 20)
+        self.second = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+def net_and_optimizer(process_group: Any) -> tuple[Net, Muon]:
+    torch.manual_seed(0)
+    net = Net()
+    matrices = [(n, p) for n, p in net.named_parameters() if p.dim() == 2]
+    biases = [(n, p) for n, p in net.named_parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": biases, "algorithm": "adamw"}]
+    return net, Muon(groups, lr=1e-2, process_group=process_group)
+
+
+def train_net(world_size: int, rank: int, process_group: Any, *, averaged: bool) -> list[Tensor]:
+    net, optimizer = net_and_optimizer(process_group)
+    model = DistributedDataParallel(net) if world_size > 1 and averaged else net
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(12, 12, generator=generator).chunk(world_size)[rank]
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def ddp_rank() -> list[Tensor]:
+    return train_net(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, averaged=True)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_under_ddp_the_ranks_train_the_full_batch(world_size: int) -> None:
+    expected = train_net(1, 0, None, averaged=True)
+    results = run_ranks(world_size, ddp_rank)
+    for result in results:
+        for mine, first, whole in zip(result, results[0], expected, strict=True):
+            assert torch.equal(mine, first)
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+
+
+Mistake = Literal["shape", "lr", "order", "extra"]
+
+
+def mistaken(mistake: Mistake) -> str:
+    rank = dist.get_rank()
+    shapes = {"a": (4, 6), "b": (4, 6)}
+    if rank == 1 and mistake == "shape":
+        shapes["b"] = (4, 7)
+    if rank == 1 and mistake == "order":
+        shapes = dict(reversed(shapes.items()))
+    if rank == 1 and mistake == "extra":
+        shapes["c"] = (3, 3)
+    named = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    lr = 0.2 if rank == 1 and mistake == "lr" else 0.1
+    optimizer = Muon(named, lr=lr, process_group=dist.group.WORLD)
+    for _, parameter in named:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [("shape", "[4, 7]"), ("lr", "lr=0.2"), ("order", "has 'b: "), ("extra", "c: shape")],
+)
+def test_i7_ranks_that_differ_all_raise_and_name_the_difference(
+    mistake: Mistake, named: str
+) -> None:
+    messages = run_ranks(3, mistaken, mistake)
+    assert len(set(messages)) == 1, "every rank says the same"
+    assert "Ranks [1] do not have the same optimizer as rank 0" in messages[0]
+    assert named in messages[0]
+
+
+def unaveraged() -> str:
+    try:
+        train_net(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, averaged=False)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_gradients_that_were_not_averaged_are_refused_on_every_rank() -> None:
+    messages = run_ranks(2, unaveraged)
+    assert messages[0] == messages[1]
+    assert "gradients of first.weight differ between ranks" in messages[0]
+    assert "DistributedDataParallel" in messages[0]
+
+
+Damage = Literal["missing", "nan"]
+
+
+def damaged(damage: Damage) -> tuple[str, bool]:
+    model, optimizer = build(RAGGED, torch.float32, dist.group.WORLD)
+    for step in range(2):
+        for parameter in model.values():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        if step == 0:
+            optimizer.step()
+    before = {name: parameter.detach().clone() for name, parameter in model.items()}
+    state = [b.shard.state for b in optimizer._buckets]
+    kept = [{name: t.clone() for name, t in tensors.items()} for tensors in state]
+    if damage == "missing" and dist.get_rank() == 2:
+        model["square"].grad = None
+    if damage == "nan":
+        grad = model["wide"].grad
+        assert grad is not None
+        grad[60, 149] = float("nan")  # one element, in one rank's range
+    message = "no error"
+    try:
+        optimizer.step()
+    except (RuntimeError, FloatingPointError) as error:
+        message = str(error)
+    same = all(torch.equal(before[name], model[name]) for name in model)
+    for tensors, copies in zip(state, kept, strict=True):
+        same = same and all(torch.equal(tensors[name], t) for name, t in copies.items())
+    return message, same
+
+
+def test_i7_a_gradient_missing_on_one_rank_raises_on_all_and_names_it() -> None:
+    outcome = run_ranks(3, damaged, "missing")
+    assert {message for message, _ in outcome} == {outcome[0][0]}
+    assert "square has a gradient on some ranks but not on ranks [2]" in outcome[0][0]
+    assert all(same for _, same in outcome), "nothing was changed"
+
+
+def test_i5_a_nan_seen_by_one_rank_raises_on_all_and_changes_nothing() -> None:
+    outcome = run_ranks(3, damaged, "nan")
+    assert {message for message, _ in outcome} == {outcome[0][0]}
+    assert "gradient of wide has a NaN" in outcome[0][0]
+    assert all(same for _, same in outcome)
+
+
+def save_on_rank_zero() -> str:
+    _, optimizer = train(TWO_MATRICES, torch.float32, dist.group.WORLD, steps=1)
+    message = ""
+    if dist.get_rank() == 0:
+        try:
+            optimizer.state_dict()
+        except RuntimeError as error:
+            message = str(error)
+    dist.barrier()  # would time out if state_dict had entered a collective
+    return message
+
+
+def test_i6_state_dict_is_no_collective_and_refuses_to_return_one_shard() -> None:
+    message = run_ranks(2, save_on_rank_zero)[0]
+    assert "holds 1/2 of the optimizer state" in message
+
+
+def resume(saved: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    model, optimizer = build(RAGGED, torch.float32, dist.group.WORLD)
+    for name, parameter in model.items():
+        parameter.data.copy_(weights[name])
+    optimizer.load_state_dict(saved)
+    return step_with_ones(model, optimizer)
+
+
+def step_with_ones(model: dict[str, nn.Parameter], optimizer: Muon) -> dict[str, Tensor]:
+    for parameter in model.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in model.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_full_state_from_one_process_is_taken_in_at_any_world_size(world_size: int) -> None:
+    model, optimizer = build(RAGGED, torch.float32, None)
+    for step in range(3):
+        for parameter in model.values():
+            parameter.grad = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(step)
+            )
+        optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        key: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for key, entry in saved["state"].items()
+    }
+    weights = {name: parameter.detach().clone() for name, parameter in model.items()}
+    expected = step_with_ones(model, optimizer)
+    assert_same_bits(run_ranks(world_size, resume, saved, weights), expected)
+
+
+def foreign_group() -> str:
+    group = dist.new_group([0])
+    if dist.get_rank() == 0:
+        return ""
+    try:
+        Muon([nn.Parameter(torch.ones(2, 2))], process_group=group)
+    except TypeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_group_without_this_rank_is_refused() -> None:
+    assert "member" in run_ranks(2, foreign_group)[1]

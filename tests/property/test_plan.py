@@ -1,0 +1,97 @@
+"""Plans for any shapes and any number of ranks: cover, one owner, matching messages, identity."""
+
+import itertools
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distmuon.layout import TensorSpec
+from distmuon.ownership import assign
+from distmuon.plan import ExchangePlan, build_plan, describe, digest, peer_counts
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 40))
+    | st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    min_size=1,
+    max_size=12,
+)
+world_sizes = st.integers(1, 9)
+
+
+def plans_for(chosen: list[tuple[int, ...]], world_size: int) -> list[ExchangePlan]:
+    specs = [TensorSpec(f"p{i}", shape) for i, shape in enumerate(chosen)]
+    ownership = assign(specs, world_size)
+    return [build_plan(ownership, rank) for rank in range(world_size)]
+
+
+@given(shapes, world_sizes)
+def test_every_element_is_held_once_and_every_matrix_has_one_owner(
+    chosen: list[tuple[int, ...]], world_size: int
+) -> None:
+    plans = plans_for(chosen, world_size)
+    held = [[0] * math.prod(spec.shape) for spec in plans[0].ownership.layout.specs]
+    for plan in plans:
+        for s in plan.segments:
+            for position in range(s.tensor_start, s.tensor_start + s.numel):
+                held[s.tensor][position] += 1
+    assert all(count == 1 for counts in held for count in counts)
+    assert sorted(t for plan in plans for t in plan.owned) == list(range(len(chosen)))
+
+
+@given(shapes, world_sizes)
+def test_what_one_rank_sends_is_what_the_other_receives(
+    chosen: list[tuple[int, ...]], world_size: int
+) -> None:
+    plans = plans_for(chosen, world_size)
+    for here in range(world_size):
+        for there in range(world_size):
+            sent = [t.segment for t in plans[here].outgoing if t.peer == there]
+            received = [t.segment for t in plans[there].incoming if t.peer == here]
+            assert sent == received
+        counts = peer_counts(plans[here].outgoing, world_size)
+        assert counts[here] == 0
+        assert sum(counts) == plans[here].outgoing_numel
+
+
+@given(shapes, world_sizes)
+def test_an_owner_gets_its_matrices_whole(chosen: list[tuple[int, ...]], world_size: int) -> None:
+    for plan in plans_for(chosen, world_size):
+        for tensor in plan.owned:
+            pieces = [s for s in plan.segments if s.tensor == tensor]
+            pieces += [t.segment for t in plan.incoming if t.segment.tensor == tensor]
+            covered = sorted((s.tensor_start, s.tensor_start + s.numel) for s in pieces)
+            assert covered[0][0] == 0
+            assert covered[-1][1] == plan.ownership.layout.specs[tensor].numel
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(covered))
+
+
+@given(shapes, world_sizes)
+def test_packed_buffers_have_no_gaps(chosen: list[tuple[int, ...]], world_size: int) -> None:
+    for plan in plans_for(chosen, world_size):
+        for transfers in (plan.outgoing, plan.incoming):
+            position = 0
+            for transfer in transfers:
+                assert transfer.buffer_start == position
+                position += transfer.segment.numel
+
+
+@given(shapes, world_sizes)
+def test_the_digest_names_the_plan(chosen: list[tuple[int, ...]], world_size: int) -> None:
+    first, again = (plans_for(chosen, world_size)[0].ownership for _ in range(2))
+    lines = describe(first.layout, first.owners)
+    assert digest(lines) == digest(describe(again.layout, again.owners))
+    wider = plans_for([*chosen, (3, 3)], world_size)[0].ownership
+    assert digest(lines) != digest(describe(wider.layout, wider.owners))
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(1000, 10000))
+def test_ten_thousand_ranks_are_covered(world_size: int) -> None:
+    specs = [TensorSpec(f"e{i}", (24, 56)) for i in range(3000)]
+    specs += [TensorSpec(f"a{i}", (64, 512)) for i in range(60)]
+    ownership = assign(specs, world_size)
+    layout = ownership.layout
+    covered = sum(s.numel for rank in range(world_size) for s in layout.segments(rank))
+    assert covered == sum(spec.numel for spec in specs)
+    assert set(ownership.owners) <= set(range(world_size))
