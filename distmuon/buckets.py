@@ -70,6 +70,11 @@ class Bucket:
     plan: ExchangePlan | None
     exchange: Exchange | None
 
+    @property
+    def owned(self) -> tuple[int, ...]:
+        """Parameters that this rank orthogonalizes, by index in the layout."""
+        return self.plan.owned if self.plan else ()
+
 
 def specify(
     groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], world_size: int
@@ -82,7 +87,7 @@ def specify(
         world_size: Ranks to cut each buffer over.
 
     Returns:
-        One spec per (algorithm, dtype, device), in order of first appearance.
+        One spec per (algorithm, dtype, device): AdamW's first, then in order of appearance.
     """
     members: dict[tuple[Algorithm, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
     for index, group in enumerate(groups):
@@ -90,7 +95,8 @@ def specify(
             key = (group["algorithm"], parameter.dtype, parameter.device)
             members.setdefault(key, []).append((index, parameter))
     result = []
-    for (algorithm, _, _), entries in members.items():
+    # AdamW first: its parameters travel while Newton-Schulz is computing.
+    for (algorithm, _, _), entries in sorted(members.items(), key=lambda m: m[0][0] == "muon"):
         tensors = [TensorSpec(names[p], tuple(p.shape)) for _, p in entries]
         ownership = assign(tensors, world_size) if algorithm == "muon" else None
         layout = ownership.layout if ownership else Layout(tuple(tensors), world_size)
@@ -107,12 +113,13 @@ def specify(
     return result
 
 
-def open_bucket(spec: BucketSpec, communicator: Communicator) -> Bucket:
+def open_bucket(spec: BucketSpec, communicator: Communicator, wave_numel: int) -> Bucket:
     """Allocate a bucket's buffers and make its parameters views of them.
 
     Args:
         spec: What is in it.
         communicator: The group it is sharded over.
+        wave_numel: Most elements that one owner fetches in a wave.
 
     Returns:
         The bucket, its state zero.
@@ -121,5 +128,5 @@ def open_bucket(spec: BucketSpec, communicator: Communicator) -> Bucket:
     shard = Shard(spec.layout, rank, spec.parameters, STATE_NAMES[spec.algorithm])
     if spec.ownership is None:
         return Bucket(spec, shard, None, None)
-    plan = build_plan(spec.ownership, rank)
+    plan = build_plan(spec.ownership, rank, wave_numel=wave_numel)
     return Bucket(spec, shard, plan, Exchange(plan, communicator))

@@ -1,4 +1,9 @@
-"""Bring each matrix together at its owner, and its update back to where its pieces live."""
+"""Bring each matrix together at its owner, and its update back to where its pieces live.
+
+While wave k is being orthogonalized, wave k+1 is on its way in and wave k-1 on its way back; the
+matrices that need no message are done while the first wave arrives. The overlap is one generator
+in straight-line code: what stands after a `yield` runs when the caller has finished that matrix.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distmuon.collectives import Communicator
+from distmuon.collectives import Communicator, Pending
 from distmuon.layout import Segment
-from distmuon.plan import ExchangePlan, Transfer, peer_counts
+from distmuon.plan import ExchangePlan, Transfer, Wave, peer_counts
 
 
 class Exchange:
     """Runs one flat buffer's plan.
 
-    `gather` yields whole matrices, `scatter` takes each result, `flush` delivers the pieces that
-    belong to other ranks. A rank that owns nothing takes part in both messages all the same.
+    `gather` yields whole matrices and `scatter` takes each result; when `gather` is exhausted, all
+    results have arrived where they belong. A rank that owns nothing takes part in every message.
     """
 
     def __init__(self, plan: ExchangePlan, communicator: Communicator) -> None:
@@ -29,81 +34,97 @@ class Exchange:
         """
         self._plan = plan
         self._communicator = communicator
-        world_size = plan.ownership.layout.world_size
-        self._outgoing_counts = peer_counts(plan.outgoing, world_size)
-        self._incoming_counts = peer_counts(plan.incoming, world_size)
         self._kept: defaultdict[int, list[Segment]] = defaultdict(list)
         for segment in plan.segments:
             self._kept[segment.tensor].append(segment)
         self._fetched: defaultdict[int, list[Transfer]] = defaultdict(list)
-        for transfer in plan.incoming:
-            self._fetched[transfer.segment.tensor].append(transfer)
+        for wave in plan.waves:
+            for transfer in wave.incoming:
+                self._fetched[transfer.segment.tensor].append(transfer)
         self._incoming: Tensor | None = None
 
     def gather(self, update: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Fetch the missing pieces of the matrices this rank owns.
+        """Bring together the matrices this rank owns, one after the other.
 
         Args:
             update: [shard_numel], this rank's pieces of everything that is to be orthogonalized.
+                When the iteration ends, it holds the scattered results.
 
         Yields:
             The tensor's index in the layout and its whole value [..., m, n]. Not to be written to:
             it may be a view of `update`.
         """
-        packed = [update[t.segment.shard_start :][: t.segment.numel] for t in self._plan.outgoing]
-        send = torch.cat(packed) if packed else update.new_empty(0)
-        # The buffer is used twice: a matrix's fetched pieces are free for its update's pieces as
-        # soon as the matrix has been put together.
-        self._incoming = self._communicator.exchange(
-            send, self._outgoing_counts, self._incoming_counts, kind="gather"
-        )
-        for tensor in self._plan.owned:
-            yield tensor, self._assemble(tensor, update, self._incoming)
+        waves = self._plan.waves
+        arriving = self._fetch(waves[0], update) if waves else None
+        for tensor in self._plan.local:
+            yield tensor, self._assemble(tensor, update)
+        returning: tuple[Wave, Pending] | None = None
+        for index, wave in enumerate(waves):
+            assert arriving is not None, "fetched in the round before"
+            self._incoming = arriving.wait()
+            arriving = self._fetch(waves[index + 1], update) if index + 1 < len(waves) else None
+            for tensor in wave.tensors:
+                yield tensor, self._assemble(tensor, update)
+            if returning is not None:
+                self._deliver(*returning, update)
+            returning = wave, self._return(wave, self._incoming)
+        if returning is not None:
+            self._deliver(*returning, update)
+        self._incoming = None
 
     def scatter(self, tensor: int, value: Tensor, *, out: Tensor) -> None:
-        """Put the update of an owned matrix where its pieces belong.
+        """Put the update of the matrix that `gather` yielded last where its pieces belong.
 
         Args:
             tensor: Index in the layout.
             value: [..., m, n], its update.
-            out: [shard_numel]; the pieces held here are written, the others wait for `flush`.
+            out: [shard_numel], the tensor given to `gather`; pieces held elsewhere are sent.
         """
-        assert self._incoming is not None, "scatter comes after gather"
         flat = value.reshape(-1)
         for kept in self._kept[tensor]:
             piece = flat[kept.tensor_start :][: kept.numel]
             out[kept.shard_start :][: kept.numel].copy_(piece)
         for fetched in self._fetched[tensor]:
+            assert self._incoming is not None, "scatter follows the yield of its matrix"
             segment = fetched.segment
             piece = flat[segment.tensor_start :][: segment.numel]
             self._incoming[fetched.buffer_start :][: segment.numel].copy_(piece)
 
-    def flush(self, *, out: Tensor) -> None:
-        """Send the scattered pieces home and receive this rank's own.
+    def _fetch(self, wave: Wave, update: Tensor) -> Pending:
+        pieces = [update[t.segment.shard_start :][: t.segment.numel] for t in wave.outgoing]
+        send = torch.cat(pieces) if pieces else update.new_empty(0)
+        return self._message(send, wave.outgoing, wave.incoming, kind="gather")
 
-        Args:
-            out: [shard_numel]; pieces owned elsewhere are overwritten with their update.
-        """
-        assert self._incoming is not None, "flush comes after gather"
-        received = self._communicator.exchange(
-            self._incoming, self._incoming_counts, self._outgoing_counts, kind="scatter"
+    def _return(self, wave: Wave, incoming: Tensor) -> Pending:
+        # The buffer of fetched pieces serves twice: `scatter` has put their updates in their place.
+        return self._message(incoming, wave.incoming, wave.outgoing, kind="scatter")
+
+    def _message(
+        self, send: Tensor, to: tuple[Transfer, ...], source: tuple[Transfer, ...], *, kind: str
+    ) -> Pending:
+        world_size = self._communicator.world_size
+        return self._communicator.exchange(
+            send, peer_counts(to, world_size), peer_counts(source, world_size), kind=kind
         )
-        self._incoming = None
-        for sent in self._plan.outgoing:
+
+    def _deliver(self, wave: Wave, pending: Pending, out: Tensor) -> None:
+        received = pending.wait()
+        for sent in wave.outgoing:
             piece = received[sent.buffer_start :][: sent.segment.numel]
             out[sent.segment.shard_start :][: sent.segment.numel].copy_(piece)
 
-    def _assemble(self, tensor: int, update: Tensor, incoming: Tensor) -> Tensor:
+    def _assemble(self, tensor: int, update: Tensor) -> Tensor:
         spec = self._plan.ownership.layout.specs[tensor]
-        kept = self._kept[tensor]
-        if not self._fetched[tensor]:
+        kept, fetched = self._kept[tensor], self._fetched[tensor]
+        if not fetched:
             return update[kept[0].shard_start :][: spec.numel].view(spec.shape)
+        assert self._incoming is not None, "fetched in this wave"
         whole = update.new_empty(spec.numel)
         for held in kept:
             piece = update[held.shard_start :][: held.numel]
             whole[held.tensor_start :][: held.numel].copy_(piece)
-        for fetched in self._fetched[tensor]:
-            segment = fetched.segment
-            piece = incoming[fetched.buffer_start :][: segment.numel]
+        for transfer in fetched:
+            segment = transfer.segment
+            piece = self._incoming[transfer.buffer_start :][: segment.numel]
             whole[segment.tensor_start :][: segment.numel].copy_(piece)
         return whole.view(spec.shape)

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distmuon import agreement, update_rules
+from distmuon import agreement
 from distmuon.buckets import Bucket, BucketSpec, open_bucket, specify
 from distmuon.collectives import Communicator
 from distmuon.group_check import check_group, named_parameters
 from distmuon.options import Algorithm, GroupOptions, read_options
-from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
 from distmuon.report import Report
 from distmuon.state_io import WholeState, check_saved, full_state, load_full_state
+from distmuon.steps import adamw_step, muon_step
+from distmuon.update_rules import AdjustLrFn
 from distmuon.version import __version__
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ class Muon(torch.optim.Optimizer):
         ns_coefficients: Coefficients = "keller",
         eps: float = 1e-8,
         ns_steps: int | None = None,
-        adjust_lr_fn: update_rules.AdjustLrFn = "match_rms_adamw",
+        adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         process_group: ProcessGroup | None = None,
+        wave_bytes: int = 64 * 2**20,
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -73,12 +75,19 @@ class Muon(torch.optim.Optimizer):
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
             betas: AdamW's moment decays.
             process_group: Data-parallel ranks to shard over; None for one process.
+            wave_bytes: Bytes of momentum that one rank fetches at a time, which bounds the
+                exchange's buffers; a single larger matrix is fetched whole.
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
+        if isinstance(wave_bytes, bool) or not isinstance(wave_bytes, int):
+            raise TypeError(f"Invalid {wave_bytes=}. Must be an int.")
+        if wave_bytes < 1:
+            raise ValueError(f"Invalid {wave_bytes=}. Must be >= 1.")
+        self._wave_numel = wave_bytes // 4  # momentum travels in fp32
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
         self._buckets: list[Bucket] = []
@@ -168,14 +177,17 @@ class Muon(torch.optim.Optimizer):
             self._open(options)
         updates = [bucket.shard.read_grad() for bucket in self._buckets]
         active = self._agree(updates)
+        published = []
         for bucket, update, present in zip(self._buckets, updates, active, strict=True):
             bucket.shard.adopt()
-            bucket.shard.adopt_values()
             if bucket.spec.algorithm == "muon":
-                self._muon(bucket, update, present, options)
+                self._calls += muon_step(bucket, update, present, options)
+                self._expected += sum(present[i] for i in bucket.owned)
             else:
-                self._adamw(bucket, update, present, options)
-            bucket.shard.publish(self._communicator)
+                adamw_step(bucket, update, present, options)
+            published.append(bucket.shard.publish(self._communicator))
+        for message in published:
+            message.wait()
         self._steps += 1
         return loss
 
@@ -184,7 +196,9 @@ class Muon(torch.optim.Optimizer):
         """This rank's plan for each flat buffer of matrices; may be read before the first step."""
         rank = self._communicator.rank
         owned = [spec.ownership for spec in self._specify() if spec.ownership is not None]
-        return tuple(build_plan(ownership, rank) for ownership in owned)
+        return tuple(
+            build_plan(ownership, rank, wave_numel=self._wave_numel) for ownership in owned
+        )
 
     def report(self) -> Report:
         """What this rank has done so far. Never a collective.
@@ -287,7 +301,7 @@ class Muon(torch.optim.Optimizer):
             norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
             names = [name for spec in specs for name in spec.names]
             agreement.check_averaged(self._communicator, names, norms)
-        self._buckets = [open_bucket(spec, self._communicator) for spec in specs]
+        self._buckets = [open_bucket(spec, self._communicator, self._wave_numel) for spec in specs]
         self._load_pending()
 
     def _agree(self, updates: Sequence[Tensor]) -> list[list[bool]]:
@@ -303,86 +317,6 @@ class Muon(torch.optim.Optimizer):
             )
         )
         return [[next(agreed) for _ in row] for row in present]
-
-    def _muon(
-        self,
-        bucket: Bucket,
-        update: Tensor,
-        present: Sequence[bool],
-        options: Sequence[GroupOptions],
-    ) -> None:
-        shard, exchange = bucket.shard, bucket.exchange
-        assert exchange is not None, "a Muon bucket has an exchange"
-        runs = shard.begin_step(present, bucket.spec.groups)
-        momentum_buffer = shard.state["momentum_buffer"]
-        for group, _, start, stop in runs:
-            update_rules.momentum_(
-                update[start:stop],
-                momentum_buffer[start:stop],
-                momentum=options[group].momentum,
-                nesterov=options[group].nesterov,
-            )
-        done = set()
-        for tensor, matrix in exchange.gather(update):
-            if present[tensor]:
-                value = _orthogonal_update(matrix, options[bucket.spec.groups[tensor]])
-                exchange.scatter(tensor, value, out=update)
-                done.add(tensor)
-        self._count(bucket.spec, present, done)
-        exchange.flush(out=update)
-        for group, _, start, stop in runs:
-            update_rules.apply_(
-                shard.master[start:stop],
-                update[start:stop],
-                lr=options[group].lr,
-                weight_decay=options[group].weight_decay,
-            )
-
-    def _adamw(
-        self,
-        bucket: Bucket,
-        grad: Tensor,
-        present: Sequence[bool],
-        options: Sequence[GroupOptions],
-    ) -> None:
-        shard = bucket.shard
-        for group, step, start, stop in shard.begin_step(present, bucket.spec.groups):
-            update_rules.adamw_(
-                shard.master[start:stop],
-                grad[start:stop],
-                shard.state["exp_avg"][start:stop],
-                shard.state["exp_avg_sq"][start:stop],
-                step=step,
-                lr=options[group].lr,
-                betas=options[group].betas,
-                eps=options[group].eps,
-                weight_decay=options[group].weight_decay,
-            )
-
-    def _count(self, spec: BucketSpec, present: Sequence[bool], done: set[int]) -> None:
-        # Expected from the owners, done from what the exchange delivered: two sources, so that a
-        # matrix which got lost between them cannot go unnoticed.
-        assert spec.ownership is not None, "a Muon bucket has owners"
-        rank = self._communicator.rank
-        expected = {
-            i for i, owner in enumerate(spec.ownership.owners) if owner == rank and present[i]
-        }
-        if done != expected:
-            lost = [spec.names[i] for i in sorted(expected - done)]
-            raise RuntimeError(
-                f"Step {self._steps + 1}, rank {rank}: {len(done)} of {len(expected)} owned "
-                f"matrices with a gradient were orthogonalized; missing {lost}. Parameters would "
-                "drift from Muon silently, so training stops here. Please report this."
-            )
-        self._calls += len(done)
-        self._expected += len(expected)
-
-
-def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:
-    """Polar factor of a momentum [..., m, n], scaled for its shape."""
-    polar = orthogonalize(matrix, coefficients=options.ns_coefficients, steps=options.ns_steps)
-    rows, cols = matrix.shape[-2:]
-    return polar.mul_(update_rules.adjust_lr_factor(options.adjust_lr_fn, rows, cols))
 
 
 def _numel(specs: Sequence[BucketSpec], algorithm: Algorithm) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,13 +27,39 @@ class Ownership:
 
     Attributes:
         layout: Tensors in flat order, cut into equal shards.
-        owners: Rank that orthogonalizes `layout.specs[i]`, for each i.
+        owners: Rank that orthogonalizes `layout.specs[i]`, for each i; never decreasing.
         order: Index in the caller's sequence of `layout.specs[i]`, for each i.
     """
 
     layout: Layout
     owners: tuple[int, ...]
     order: tuple[int, ...]
+
+    def owned(self, rank: int) -> range:
+        """Tensors that `rank` orthogonalizes, by index in the layout."""
+        return range(bisect_left(self.owners, rank), bisect_right(self.owners, rank))
+
+    def waves(self, wave_numel: int) -> tuple[int | None, ...]:
+        """In which round each tensor is brought together.
+
+        Args:
+            wave_numel: Most elements that one owner fetches in a round; a single tensor may
+                exceed it.
+
+        Returns:
+            For each tensor its round, from 0; None if its owner holds all of it.
+        """
+        rounds: list[int | None] = []
+        wave = fetched = 0
+        for tensor, owner in enumerate(self.owners):
+            if tensor == 0 or owner != self.owners[tensor - 1]:
+                wave = fetched = 0
+            numel = sum(s.numel for s in self.layout.holders(tensor) if s.rank != owner)
+            if fetched and fetched + numel > wave_numel:
+                wave, fetched = wave + 1, 0
+            fetched += numel
+            rounds.append(wave if numel else None)
+        return tuple(rounds)
 
 
 def newton_schulz_cost(shape: Sequence[int], steps: int = 5) -> int:

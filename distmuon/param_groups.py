@@ -133,6 +133,8 @@ def format_routes(routes: Iterable[Route]) -> str:
 def _decide(
     entries: Sequence[Entry], model: nn.Module, overrides: Mapping[str, str] | None
 ) -> tuple[Route, ...]:
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"Invalid {overrides=}. Must map patterns to algorithms.")
     routes = [
         _to_route(entry, verdict)
         for entry, verdict in zip(entries, judge(entries, model), strict=True)

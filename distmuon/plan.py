@@ -30,22 +30,16 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class ExchangePlan:
-    """One rank's part in the gather and scatter of one flat buffer.
+class Wave:
+    """One round of messages, fetched, orthogonalized and returned together.
 
     Attributes:
-        ownership: The layout and the owners, the same on every rank.
-        rank: The rank this plan is for.
-        segments: Pieces in this rank's shard, in shard order.
-        owned: Tensors this rank orthogonalizes, by index in the layout.
+        tensors: Tensors of this round that this rank orthogonalizes, by index in the layout.
         outgoing: Pieces held here and owned elsewhere, packed by (peer, tensor, offset).
         incoming: Pieces owned here and held elsewhere, packed by (peer, tensor, offset).
     """
 
-    ownership: Ownership
-    rank: int
-    segments: tuple[Segment, ...]
-    owned: tuple[int, ...]
+    tensors: tuple[int, ...]
     outgoing: tuple[Transfer, ...]
     incoming: tuple[Transfer, ...]
 
@@ -60,22 +54,66 @@ class ExchangePlan:
         return sum(t.segment.numel for t in self.incoming)
 
 
-def build_plan(ownership: Ownership, rank: int) -> ExchangePlan:
+@dataclass(frozen=True, slots=True)
+class ExchangePlan:
+    """One rank's part in the gather and scatter of one flat buffer.
+
+    Attributes:
+        ownership: The layout and the owners, the same on every rank.
+        rank: The rank this plan is for.
+        segments: Pieces in this rank's shard, in shard order.
+        local: Tensors this rank owns and holds whole: nothing is sent for them.
+        waves: Rounds of messages; every rank has the same number of them.
+    """
+
+    ownership: Ownership
+    rank: int
+    segments: tuple[Segment, ...]
+    local: tuple[int, ...]
+    waves: tuple[Wave, ...]
+
+    @property
+    def owned(self) -> tuple[int, ...]:
+        """Tensors this rank orthogonalizes, by index in the layout."""
+        return tuple(self.ownership.owned(self.rank))
+
+    @property
+    def outgoing_numel(self) -> int:
+        """Elements sent in the gather and received in the scatter, over all waves."""
+        return sum(wave.outgoing_numel for wave in self.waves)
+
+    @property
+    def incoming_numel(self) -> int:
+        """Elements received in the gather and sent in the scatter, over all waves."""
+        return sum(wave.incoming_numel for wave in self.waves)
+
+
+def build_plan(ownership: Ownership, rank: int, *, wave_numel: int) -> ExchangePlan:
     """Derive one rank's transfers from the owners.
 
     Args:
         ownership: The layout and its owners.
         rank: The rank to plan for.
+        wave_numel: Most elements that one owner fetches in a wave; one tensor may exceed it.
 
     Returns:
-        The plan; the outgoing list of rank a towards b equals b's incoming list from a.
+        The plan; what rank a sends to b in a wave is what b receives from a in it.
     """
     layout, owners = ownership.layout, ownership.owners
-    segments = layout.segments(rank)
-    owned = tuple(i for i, owner in enumerate(owners) if owner == rank)
-    sends = ((owners[s.tensor], s) for s in segments if owners[s.tensor] != rank)
-    receives = ((s.rank, s) for i in owned for s in layout.holders(i) if s.rank != rank)
-    return ExchangePlan(ownership, rank, segments, owned, _pack(sends), _pack(receives))
+    segments, owned = layout.segments(rank), ownership.owned(rank)
+    rounds = ownership.waves(wave_numel)
+    local = tuple(tensor for tensor in owned if rounds[tensor] is None)
+    waves = []
+    for index in range(1 + max((r for r in rounds if r is not None), default=-1)):
+        tensors = tuple(tensor for tensor in owned if rounds[tensor] == index)
+        sends = (
+            (owners[s.tensor], s)
+            for s in segments
+            if owners[s.tensor] != rank and rounds[s.tensor] == index
+        )
+        receives = ((s.rank, s) for i in tensors for s in layout.holders(i) if s.rank != rank)
+        waves.append(Wave(tensors, _pack(sends), _pack(receives)))
+    return ExchangePlan(ownership, rank, segments, local, tuple(waves))
 
 
 def peer_counts(transfers: Iterable[Transfer], world_size: int) -> list[int]:

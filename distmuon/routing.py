@@ -219,6 +219,8 @@ def _by_part(entry: Entry) -> Verdict | None:
             return Verdict("norm", f"norm ({norm})")
         if leaf.endswith("bias"):
             return Verdict("bias", "bias")
+        if leaf.endswith("_log"):
+            return Verdict("vector", "logarithms of decay rates (state-space model), no matrix")
     if entry.parameter.dim() < 2:
         return Verdict("vector", f"{entry.parameter.dim()}-D, no matrix")
     return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distmuon.collectives import Communicator
+from distmuon.collectives import Communicator, Pending
 from distmuon.layout import Layout
 
 
@@ -70,41 +70,38 @@ class Shard:
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         )
         self._mine = self.flat.view(layout.world_size, -1)[rank]
-        self.adopt()
+        self._adopt_storage()
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.master = self._mine.to(dtype)  # shares storage when the dtype is already wide enough
         self.state = {name: torch.zeros_like(self.master) for name in state_names}
 
     def adopt(self) -> None:
-        """Take in parameters whose storage was replaced since the last step.
+        """Take in what was done to the parameters from outside since the last step.
 
-        `model.to()`, `load_state_dict(assign=True)` and wrappers put new storage under a Parameter.
+        New storage under a Parameter (`model.to()`, `load_state_dict(assign=True)`) becomes a view
+        of the buffer again. Values written into a narrow parameter replace their fp32 master, or
+        weights loaded into a bf16 model would be overwritten by it.
 
         Raises:
             RuntimeError: if a parameter now has another dtype or device.
         """
-        for spec, parameter, view in zip(
-            self.layout.specs, self.parameters, self._views, strict=True
-        ):
-            if parameter.data_ptr() == view.data_ptr() and parameter.device == view.device:
-                continue
+        self._adopt_storage()
+        if self.master.dtype != self.flat.dtype:
+            written = self._mine != self.master.to(self.flat.dtype)
+            self.master.copy_(torch.where(written, self._mine.to(self.master.dtype), self.master))
+
+    def _adopt_storage(self) -> None:
+        rows = zip(self.layout.specs, self.parameters, self._views, strict=True)
+        for spec, parameter, view in rows:
             if (parameter.dtype, parameter.device) != (view.dtype, view.device):
                 raise RuntimeError(
                     f"{spec.name} became {parameter.dtype} on {parameter.device} after the first "
                     f"step; its optimizer state is for {view.dtype} on {view.device}. Move the "
                     "model before the first step, or build a new optimizer."
                 )
-            view.copy_(parameter.data)
-            parameter.data = view
-
-    def adopt_values(self) -> None:
-        """Take in values that were written into narrow parameters since the last publication.
-
-        Without it, weights loaded into a bf16 model would be overwritten by their old fp32 master.
-        """
-        if self.master.dtype != self.flat.dtype:
-            written = self._mine != self.master.to(self.flat.dtype)
-            self.master.copy_(torch.where(written, self._mine.to(self.master.dtype), self.master))
+            if parameter.data_ptr() != view.data_ptr():
+                view.copy_(parameter.data)
+                parameter.data = view
 
     def read_grad(self) -> Tensor:
         """This rank's range of the averaged gradients.
@@ -172,15 +169,18 @@ class Shard:
                 follows = True
         return merged
 
-    def publish(self, communicator: Communicator) -> None:
-        """Give every rank the updated parameters.
+    def publish(self, communicator: Communicator) -> Pending:
+        """Start to give every rank the updated parameters.
 
         Args:
             communicator: The group over which the buffer is sharded.
+
+        Returns:
+            The message in flight; the parameters are complete once it has been waited for.
         """
         if self.master.dtype != self.flat.dtype:
             self._mine.copy_(self.master)
-        communicator.publish(self.flat)
+        return communicator.publish(self.flat)
 
     @property
     def state_bytes(self) -> int:

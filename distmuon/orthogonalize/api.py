@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distmuon.orthogonalize import exact, newton_schulz, policy, stability
 from distmuon.orthogonalize.coefficients import Coefficients, resolve
-from distmuon.orthogonalize.guards import largest_entry, prescale
+from distmuon.orthogonalize.guards import is_finite, largest_entry, prescale
 from distmuon.orthogonalize.schedule import Schedule
 
 Method: TypeAlias = Literal["auto", "newton_schulz", "gram", "coupled", "svd", "eigh"]
@@ -111,10 +111,12 @@ def orthogonalize_checked(
     work = policy.working_dtype(x, dtype)
     if method not in _EXACT:
         stability.check(schedule, policy.arithmetic(work, x.device))
-    flat = x.reshape(-1, *x.shape[-2:])
+    plan = _Plan(method, schedule, work, nonfinite)
     # Under autocast every product here would silently become a bfloat16 one.
     with torch.autocast(x.device.type, enabled=False):
-        update, finite = _each(flat, _Plan(method, schedule, work, nonfinite))
+        if x.dim() == 2:
+            return Orthogonalized(*_one(x, plan))
+        update, finite = _each(x.reshape(-1, *x.shape[-2:]), plan)
     return Orthogonalized(update.reshape(x.shape), finite.reshape(x.shape[:-2]))
 
 
@@ -146,7 +148,7 @@ def _one_into(out: Tensor, x: Tensor, plan: _Plan) -> Tensor:
 def _one(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     """One matrix [m, n] and a flag, or a batch computed as one and a flag for each."""
     amax = largest_entry(x)
-    finite = torch.isfinite(amax)
+    finite = is_finite(amax)
     scaled = prescale(x, amax)
     if plan.nonfinite == "zero" or plan.method in _EXACT:
         # LAPACK raises on NaN, and inf * 0 is NaN: only a selection removes them.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distmuon.orthogonalize.guards import nonzero
-from distmuon.orthogonalize.products import gram, product
+from distmuon.orthogonalize.products import product, symmetric_product
 
 
 def svd(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def eigh(x: Tensor) -> Tensor:
 
 
 def _damped(x: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram(x))
+    values, vectors = torch.linalg.eigh(symmetric_product(x, x.mT))
     floor = nonzero(damping(x.dtype) ** 2 * values[..., -1:])
     weights = torch.maximum(values, floor).rsqrt()
     return product(product(vectors * weights[..., None, :], vectors.mT), x)

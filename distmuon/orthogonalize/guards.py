@@ -12,6 +12,11 @@ def largest_entry(x: Tensor) -> Tensor:
     return torch.maximum(high, x.amin(dim=(-2, -1), keepdim=True).neg_())
 
 
+def is_finite(amax: Tensor) -> Tensor:
+    """Whether a largest absolute value is finite, in one operation: NaN compares false."""
+    return amax < torch.inf
+
+
 def power_of_two(amax: Tensor) -> Tensor:
     """The power of two 1/2 <= p * amax < 1, as far as p and 1/p are normal numbers of amax's dtype.
 
@@ -26,8 +31,9 @@ def power_of_two(amax: Tensor) -> Tensor:
     # An exact quotient: the mantissa differs from its number by a power of two. `ldexp` would go
     # through pow(), which is not exact on every device.
     bounded = amax.clamp(smallest, 1 / smallest)
-    power = torch.frexp(bounded).mantissa / bounded
-    return torch.where(torch.isfinite(amax), power, torch.nan)
+    power = torch.frexp(bounded).mantissa.div_(bounded)
+    # inf * 0 and NaN * 0 are NaN.
+    return power.add_(amax * 0)
 
 
 def prescale(x: Tensor, amax: Tensor) -> Tensor:

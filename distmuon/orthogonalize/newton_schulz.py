@@ -7,18 +7,23 @@ errors grow; docs/numerics.md has both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distmuon.orthogonalize.guards import nonzero
 from distmuon.orthogonalize.products import (
-    gram,
     product,
     product_add,
+    symmetric_product,
     symmetric_product_add,
 )
 from distmuon.orthogonalize.schedule import Schedule, Triple
+
+# Where a I + Z may be one matrix, which saves a copy of X a step. In half precision the diagonal
+# would round Z's away: 8 + 0.01 == 8 in bfloat16.
+_FOLDING = (torch.float32, torch.float64)
 
 
 def inverse_norm(r: Tensor, schedule: Schedule) -> Tensor:
@@ -39,8 +44,45 @@ def inverse_norm(r: Tensor, schedule: Schedule) -> Tensor:
     return nonzero(square).rsqrt() / schedule.safety
 
 
+class _Factor(NamedTuple):
+    """The matrix `shift * I + matrix`, symmetric."""
+
+    matrix: Tensor
+    shift: float
+
+    def times(self, x: Tensor) -> Tensor:
+        """The factor times x [..., m, n], in x's memory order."""
+        if x.stride(-1) != 1:
+            # From the other side, so that a transposed view stays one and nothing is copied.
+            return self._transposed(x.mT).mT
+        if self.shift == 0.0:
+            return product(self.matrix, x)
+        return product_add(x, self.matrix, x, beta=self.shift)
+
+    def times_symmetric(self, r: Tensor) -> Tensor:
+        """The factor times a polynomial of the same matrix, [..., m, m]."""
+        if self.shift == 0.0:
+            return symmetric_product(r, self.matrix)
+        return symmetric_product_add(r, r, self.matrix, beta=self.shift)
+
+    def _transposed(self, x: Tensor) -> Tensor:
+        if self.shift == 0.0:
+            return product(x, self.matrix)
+        return product_add(x, x, self.matrix, beta=self.shift)
+
+
+def _factor(r: Tensor, triple: Triple) -> _Factor:
+    """The matrix a I + b R + c R² that one step multiplies by."""
+    a, b, c = triple
+    z = symmetric_product_add(r, r, r, beta=b, alpha=c)
+    if r.dtype not in _FOLDING:
+        return _Factor(z, a)
+    z.diagonal(dim1=-2, dim2=-1).add_(a)
+    return _Factor(z, 0.0)
+
+
 def plain(x: Tensor, schedule: Schedule) -> Tensor:
-    """Iterate on the matrix itself: R = X Xᵀ, X <- a X + (b R + c R²) X.
+    """Iterate on the matrix itself: R = X Xᵀ, X <- (a I + b R + c R²) X.
 
     The stable form in every dtype: each step starts from a fresh R, so a rounding error is never
     amplified by more than the polynomials themselves do.
@@ -54,15 +96,14 @@ def plain(x: Tensor, schedule: Schedule) -> Tensor:
 
     Source: https://kellerjordan.github.io/posts/muon/
     """
-    r = gram(x)
+    r = symmetric_product(x, x.mT)
     scale = inverse_norm(r, schedule)
     r.mul_((scale * scale).to(r.dtype))
     x.mul_(scale.to(x.dtype))
-    for step, (a, b, c) in enumerate(schedule.coefficients):
+    for step, triple in enumerate(schedule.coefficients):
         if step:
-            r = gram(x)
-        z = symmetric_product_add(r, r, r, beta=b, alpha=c)
-        x = product_add(x, z, x, beta=a)
+            r = symmetric_product(x, x.mT)
+        x = _factor(r, triple).times(x)
     return x
 
 
@@ -70,43 +111,40 @@ def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) 
     """Iterate on R = X Xᵀ alone and multiply by X once a window: X <- Q(R) X.
 
     Args:
-        x: [..., m, n] with m <= n, entries at most 1; may be a transposed view. Overwritten.
+        x: [..., m, n] with m <= n, entries at most 1; may be a transposed view. Not modified.
         schedule: normalization.
         windows: the schedule's coefficients, cut where R is formed anew (`stability.windows`).
 
     Returns:
-        [..., m, n], with x's memory order.
+        [..., m, n], in x's memory order.
 
     Source: https://tridao.me/blog/2026/gram-newton-schulz/
     """
-    for number, triples in enumerate(windows):
-        r = gram(x)
-        scale = inverse_norm(r, schedule) if number == 0 else None
-        if scale is not None:
+    scale: Tensor | None = None
+    for triples in windows:
+        r = symmetric_product(x, x.mT)
+        if scale is None:
+            scale = inverse_norm(r, schedule)
             r.mul_((scale * scale).to(r.dtype))
-        q = _transform(r, triples)
-        if scale is not None:
-            q.mul_(scale.to(q.dtype))
-        # Q is symmetric: multiplying from the other side keeps a transposed view's memory order.
-        x = product(q, x) if x.stride(-1) == 1 else product(x.mT, q).mT
+            q = _transform(r, triples).mul_(scale.to(r.dtype))
+        else:
+            q = _transform(r, triples)
+        x = _Factor(q, 0.0).times(x)
     return x
 
 
 def _transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
     """Q with Q X = the given steps on X, from R = X Xᵀ. Every matrix here is a polynomial of R."""
-    q: Tensor | None = None
-    for step, (a, b, c) in enumerate(triples):
-        z = symmetric_product_add(r, r, r, beta=b, alpha=c)
-        if step + 1 < len(triples):
-            # a stays out of z: in half precision a + z would round away z's small entries.
-            rz = symmetric_product_add(r, r, z, beta=a)
-            r = symmetric_product_add(rz, rz, z, beta=a)
-        if q is None:
-            q = z
-            q.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
-            q = symmetric_product_add(q, q, z, beta=a)
-    assert q is not None
+    first = _factor(r, triples[0])
+    factor = first
+    q = first.matrix
+    if first.shift:
+        q = first.matrix.clone()
+        q.diagonal(dim1=-2, dim2=-1).add_(first.shift)
+    for triple in triples[1:]:
+        r = factor.times_symmetric(factor.times_symmetric(r))
+        factor = _factor(r, triple)
+        q = factor.times_symmetric(q)
     return q
 
 

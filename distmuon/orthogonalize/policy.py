@@ -50,7 +50,8 @@ def working_dtype(x: Tensor, requested: torch.dtype | None) -> torch.dtype:
     Returns:
         `requested` if given. Else float64 for a float64 input; on a GPU float16 where the Gram
         form applies and bfloat16 elsewhere (float16 where there is no bfloat16); on a CPU float32,
-        except that a bfloat16 input stays bfloat16 where that is fast; float32 on other devices.
+        except that a bfloat16 input stays bfloat16 where that is fast and the Gram form, as fast
+        in float32, does not apply; float32 on other devices.
 
     Raises:
         TypeError: `requested` is not a dtype.
@@ -62,8 +63,8 @@ def working_dtype(x: Tensor, requested: torch.dtype | None) -> torch.dtype:
         return torch.float64
     if x.device.type == "cuda":
         return _cuda_dtype(x)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_has_fast_bfloat16():
-        return torch.bfloat16
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _elongated(x):
+        return torch.bfloat16 if cpu_has_fast_bfloat16() else torch.float32
     return torch.float32
 
 

@@ -11,7 +11,7 @@ SMALLEST_CUT = 384
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Product a @ b for [m, k] x [k, n], or batches of them."""
+    """Product a @ b for [m, k] x [k, n], or for batches of them."""
     return torch.matmul(a, b)
 
 
@@ -22,35 +22,43 @@ def product_add(y: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 
     return torch.baddbmm(y, a, b, beta=beta, alpha=alpha)
 
 
-def gram(x: Tensor) -> Tensor:
-    """X Xᵀ of [m, n], or of a batch."""
-    if not _cut(x):
-        return product(x, x.mT)
-    out = x.new_empty(x.size(0), x.size(0))
-    for start, stop in _panels(x.size(0)):
-        torch.mm(x[start:stop], x[:stop].mT, out=out[start:stop, :stop])
+def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """Product a @ b that is known to be symmetric: b is a's transpose, or both commute.
+
+    Args:
+        a: [m, k] or [batch, m, k].
+        b: [k, m] or [batch, k, m].
+
+    Returns:
+        A new [m, m] or [batch, m, m]. Cut into panels, its blocks off the diagonal are each
+        other's exact mirror images; within a diagonal block symmetry is up to rounding.
+    """
+    if not _cut(a):
+        return product(a, b)
+    out = a.new_empty(a.size(0), a.size(0))
+    for start, stop in _panels(a.size(0)):
+        torch.mm(a[start:stop], b[:, :stop], out=out[start:stop, :stop])
     return _mirror_(out)
 
 
 def symmetric_product_add(
     y: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0
 ) -> Tensor:
-    """Compute beta * y + alpha * a @ b where a, b and y are symmetric [m, m] and a and b commute.
+    """Compute beta * y + alpha * a @ b where y and the product are symmetric.
 
     Args:
         y: [m, m] or [batch, m, m].
-        a: likewise.
+        a: as in `symmetric_product`.
         b: likewise.
         beta: factor on y.
         alpha: factor on the product.
 
     Returns:
-        A new tensor. Cut into panels, its blocks off the diagonal are each other's exact mirror
-        images; within a diagonal block symmetry is up to rounding.
+        A new tensor, symmetric like that of `symmetric_product`.
     """
     if not _cut(a):
         return product_add(y, a, b, beta=beta, alpha=alpha)
-    out = torch.empty_like(a)
+    out = torch.empty_like(y)
     for start, stop in _panels(a.size(0)):
         torch.addmm(
             y[start:stop, :stop],
@@ -64,7 +72,7 @@ def symmetric_product_add(
 
 
 def _cut(x: Tensor) -> bool:
-    return x.dim() == 2 and x.device.type == "cpu" and x.size(0) >= SMALLEST_CUT
+    return x.dim() == 2 and x.size(0) >= SMALLEST_CUT and x.device.type == "cpu"
 
 
 def _panels(rows: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ Arithmetic: TypeAlias = Literal["float64", "float32", "tf32", "float16", "bfloat
 # How far one rounded step may push the largest singular value past its exact place.
 _OVERSHOOT: dict[Arithmetic, float] = {
     "float64": 1e-12,
-    "float32": 1e-5,
+    "float32": 1e-6,
     "tf32": 4e-3,
     "float16": 4e-3,
     "bfloat16": 1e-2,

@@ -19,10 +19,15 @@ shapes = st.lists(
 world_sizes = st.integers(1, 9)
 
 
-def plans_for(chosen: list[tuple[int, ...]], world_size: int) -> list[ExchangePlan]:
+wave_numels = st.sampled_from([1, 40, 10**9])
+
+
+def plans_for(
+    chosen: list[tuple[int, ...]], world_size: int, wave_numel: int = 10**9
+) -> list[ExchangePlan]:
     specs = [TensorSpec(f"p{i}", shape) for i, shape in enumerate(chosen)]
     ownership = assign(specs, world_size)
-    return [build_plan(ownership, rank) for rank in range(world_size)]
+    return [build_plan(ownership, rank, wave_numel=wave_numel) for rank in range(world_size)]
 
 
 @given(shapes, world_sizes)
@@ -39,41 +44,55 @@ def test_every_element_is_held_once_and_every_matrix_has_one_owner(
     assert sorted(t for plan in plans for t in plan.owned) == list(range(len(chosen)))
 
 
-@given(shapes, world_sizes)
-def test_what_one_rank_sends_is_what_the_other_receives(
-    chosen: list[tuple[int, ...]], world_size: int
+@given(shapes, world_sizes, wave_numels)
+def test_what_one_rank_sends_in_a_wave_is_what_the_other_receives(
+    chosen: list[tuple[int, ...]], world_size: int, wave_numel: int
 ) -> None:
-    plans = plans_for(chosen, world_size)
-    for here in range(world_size):
-        for there in range(world_size):
-            sent = [t.segment for t in plans[here].outgoing if t.peer == there]
-            received = [t.segment for t in plans[there].incoming if t.peer == here]
-            assert sent == received
-        counts = peer_counts(plans[here].outgoing, world_size)
-        assert counts[here] == 0
-        assert sum(counts) == plans[here].outgoing_numel
+    plans = plans_for(chosen, world_size, wave_numel)
+    assert len({len(plan.waves) for plan in plans}) == 1, "every rank takes part in every wave"
+    for index in range(len(plans[0].waves)):
+        for here in range(world_size):
+            wave = plans[here].waves[index]
+            for there in range(world_size):
+                sent = [t.segment for t in wave.outgoing if t.peer == there]
+                incoming = plans[there].waves[index].incoming
+                assert sent == [t.segment for t in incoming if t.peer == here]
+            counts = peer_counts(wave.outgoing, world_size)
+            assert counts[here] == 0
+            assert sum(counts) == wave.outgoing_numel
 
 
-@given(shapes, world_sizes)
-def test_an_owner_gets_its_matrices_whole(chosen: list[tuple[int, ...]], world_size: int) -> None:
-    for plan in plans_for(chosen, world_size):
+@given(shapes, world_sizes, wave_numels)
+def test_an_owner_gets_its_matrices_whole_and_each_in_one_wave(
+    chosen: list[tuple[int, ...]], world_size: int, wave_numel: int
+) -> None:
+    for plan in plans_for(chosen, world_size, wave_numel):
+        in_waves = [tensor for wave in plan.waves for tensor in wave.tensors]
+        assert sorted([*plan.local, *in_waves]) == list(plan.owned)
         for tensor in plan.owned:
             pieces = [s for s in plan.segments if s.tensor == tensor]
-            pieces += [t.segment for t in plan.incoming if t.segment.tensor == tensor]
+            for wave in plan.waves:
+                fetched = [t.segment for t in wave.incoming if t.segment.tensor == tensor]
+                assert not fetched or tensor in wave.tensors
+                pieces += fetched
             covered = sorted((s.tensor_start, s.tensor_start + s.numel) for s in pieces)
             assert covered[0][0] == 0
             assert covered[-1][1] == plan.ownership.layout.specs[tensor].numel
             assert all(a[1] == b[0] for a, b in itertools.pairwise(covered))
 
 
-@given(shapes, world_sizes)
-def test_packed_buffers_have_no_gaps(chosen: list[tuple[int, ...]], world_size: int) -> None:
-    for plan in plans_for(chosen, world_size):
-        for transfers in (plan.outgoing, plan.incoming):
-            position = 0
-            for transfer in transfers:
-                assert transfer.buffer_start == position
-                position += transfer.segment.numel
+@given(shapes, world_sizes, wave_numels)
+def test_waves_are_packed_and_bounded(
+    chosen: list[tuple[int, ...]], world_size: int, wave_numel: int
+) -> None:
+    for plan in plans_for(chosen, world_size, wave_numel):
+        for wave in plan.waves:
+            for transfers in (wave.outgoing, wave.incoming):
+                position = 0
+                for transfer in transfers:
+                    assert transfer.buffer_start == position
+                    position += transfer.segment.numel
+            assert wave.incoming_numel <= wave_numel or len(wave.tensors) == 1
 
 
 @given(shapes, world_sizes)
@@ -95,3 +114,4 @@ def test_ten_thousand_ranks_are_covered(world_size: int) -> None:
     covered = sum(s.numel for rank in range(world_size) for s in layout.segments(rank))
     assert covered == sum(spec.numel for spec in specs)
     assert set(ownership.owners) <= set(range(world_size))
+    assert list(ownership.owners) == sorted(ownership.owners)
