@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 
 from distmuon.collectives import Communicator
+from distmuon.options import MissingGrad
 from distmuon.plan import digest
 
 # Averaged gradients are the same bits on every rank; gradients that were never averaged differ in
@@ -67,13 +69,27 @@ def check_averaged(
             )
 
 
+class Verdict(NamedTuple):
+    """What all ranks know about this step's gradients.
+
+    Attributes:
+        present: For each parameter whether it is updated.
+        nonfinite: A message naming the first NaN or infinity; None if all is finite.
+    """
+
+    present: list[bool]
+    nonfinite: str | None
+
+
 def agree_on_gradients(
     communicator: Communicator,
     names: Sequence[str],
     present: Sequence[bool],
     nonfinite: str | None,
+    *,
+    missing_grad: MissingGrad,
     device: torch.device,
-) -> list[bool]:
+) -> Verdict:
     """Agree on which parameters have a gradient, and that all gradients are finite.
 
     Args:
@@ -81,38 +97,42 @@ def agree_on_gradients(
         names: FQN of each parameter.
         present: Whether this rank has a gradient for it.
         nonfinite: The first parameter with a NaN or infinity in this rank's range, if any.
+        missing_grad: What a gradient on some ranks only means: an error, or zeros on the others.
         device: Where the backend expects its tensors.
 
     Returns:
-        For each parameter whether it has a gradient, the same on every rank.
+        The same verdict on every rank.
 
     Raises:
-        FloatingPointError: on every rank, if any rank found a NaN or an infinity.
-        RuntimeError: on every rank, if only some ranks have a gradient, or none has any.
+        RuntimeError: on every rank, if none has any gradient, or only some have one.
     """
     counts = communicator.add_up([*map(int, present), int(nonfinite is not None)], device)
-    if counts.pop():
-        found = communicator.collect(nonfinite)
-        rank, name = next((r, n) for r, n in enumerate(found) if n is not None)
-        raise FloatingPointError(
-            f"The gradient of {name} has a NaN or an infinity (found by rank {rank}). Parameters "
-            "and optimizer state are unchanged on every rank. Skip the batch or lower the lr."
-        )
+    message = _name_nonfinite(communicator, nonfinite) if counts.pop() else None
     world_size = communicator.world_size
     partial = [i for i, count in enumerate(counts) if 0 < count < world_size]
-    if partial:
+    if partial and missing_grad == "raise":
         holders = communicator.collect([present[i] for i in partial])
         without = [rank for rank, has in enumerate(holders) if not has[0]]
         raise RuntimeError(
             f"{names[partial[0]]} has a gradient on some ranks but not on ranks {without} "
             f"({len(partial)} parameters are so). Every rank must use the same parameters in its "
-            "backward pass; DistributedDataParallel(find_unused_parameters=True) fills in zeros."
+            "backward pass; DistributedDataParallel(find_unused_parameters=True) fills in zeros, "
+            'and so does Muon(reduce="owned", missing_grad="zero").'
         )
     if not any(counts):
         raise RuntimeError(
             "No parameter has a gradient. Call backward() before step(), and zero_grad() after it."
         )
-    return [count > 0 for count in counts]
+    return Verdict([count > 0 for count in counts], message)
+
+
+def _name_nonfinite(communicator: Communicator, nonfinite: str | None) -> str:
+    found = communicator.collect(nonfinite)
+    rank, name = next((r, n) for r, n in enumerate(found) if n is not None)
+    return (
+        f"The gradient of {name} has a NaN or an infinity (found by rank {rank}). Parameters and "
+        "optimizer state are unchanged on every rank."
+    )
 
 
 def _finite(value: float) -> bool:

@@ -102,7 +102,8 @@ class Communicator:
             group=self._group,
             async_op=True,
         )
-        self.bytes_sent[kind] += send.numel() * send.element_size()
+        others = send.numel() - send_counts[self.rank]
+        self.bytes_sent[kind] += others * send.element_size()
         return Pending(received, [work], keep=send)
 
     def publish(self, flat: Tensor) -> Pending:
@@ -150,14 +151,40 @@ class Communicator:
         Returns:
             The sums, equal on every rank.
         """
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.int64, device=device)
-        dist.all_reduce(total, group=self._group)
-        # An all-reduce sends at least 2(N-1)/N of its payload per rank.
-        sent = 2 * (self.world_size - 1) * total.numel() * total.element_size() // self.world_size
-        self.bytes_sent["agree"] += sent
-        return [int(value) for value in total.tolist()]
+        return [int(v) for v in self._add_up(torch.tensor(values, dtype=torch.int64), device)]
+
+    def add_up_reals(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Sum of a few fp64 numbers over the ranks; waits for the result.
+
+        Args:
+            values: The same number of reals on every rank.
+            device: Where the backend expects its tensors.
+
+        Returns:
+            The sums, equal on every rank.
+        """
+        return self._add_up(torch.tensor(values, dtype=torch.float64), device)
+
+    def _add_up(self, values: Tensor, device: torch.device) -> list[float]:
+        if self.world_size > 1:
+            values = values.to(device)
+            dist.all_reduce(values, group=self._group)
+            # An all-reduce sends at least 2(N-1)/N of its payload per rank.
+            payload = values.numel() * values.element_size()
+            self.bytes_sent["agree"] += 2 * (self.world_size - 1) * payload // self.world_size
+        result: list[float] = values.tolist()
+        return result
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with the first rank's. For set-up only.
+
+        Args:
+            tensor: Any dtype; the same shape on every rank.
+        """
+        if self.world_size > 1:
+            whole = tensor.contiguous()  # gloo sends what is not contiguous as it lies in storage
+            dist.broadcast(whole, group=self._group, group_src=0)
+            tensor.copy_(whole)
 
     def collect(self, value: Payload) -> list[Payload]:
         """Every rank's small object, in rank order. For set-up and for error messages only.

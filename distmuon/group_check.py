@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +13,40 @@ from distmuon.options import read_options
 from distmuon.orthogonalize.coefficients import resolve
 
 
-def named_parameters(group: Mapping[str, Any], index: int) -> list[tuple[str, Tensor]]:
-    """The parameters of a group with a name for each.
+def list_parameters(group: Mapping[str, Any], index: int) -> list[Any]:
+    """The parameters of a group as given: tensors, or (FQN, tensor) pairs.
 
     Args:
-        group: A parameter group; "params" holds tensors or (FQN, tensor) pairs.
-        index: The group's position; unnamed parameters are called after it.
+        group: A parameter group.
+        index: The group's position, for messages.
 
     Returns:
-        (name, parameter) pairs.
+        A list, also of a generator (which can be read only once) or a single tensor.
 
     Raises:
-        TypeError: if "params" is missing, a set, or holds something else than tensors.
+        TypeError: if "params" is missing or a set.
     """
     if "params" not in group:
         raise TypeError(f'Group {index} has no "params". It has {sorted(group)}.')
     params = group["params"]
     if isinstance(params, (set, frozenset)):
         raise TypeError(f"Group {index} has its params in a set: ranks would order them apart.")
-    entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def name_parameters(entries: Sequence[Any], index: int) -> list[tuple[str, Tensor]]:
+    """A name for each parameter.
+
+    Args:
+        entries: From `list_parameters`.
+        index: The group's position; unnamed parameters are called after it.
+
+    Returns:
+        (name, parameter) pairs.
+
+    Raises:
+        TypeError: for an entry that is no tensor.
+    """
     named = [
         entry if isinstance(entry, tuple) else (f"group {index} parameter {position}", entry)
         for position, entry in enumerate(entries)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from distmuon import agreement
-from distmuon.buckets import Bucket, BucketSpec, open_bucket, specify
+from distmuon.buckets import BucketSpec, specify
 from distmuon.collectives import Communicator
-from distmuon.group_check import check_group, named_parameters
-from distmuon.options import Algorithm, GroupOptions, read_options
+from distmuon.engine import Engine
+from distmuon.group_check import check_group, list_parameters, name_parameters
+from distmuon.options import (
+    Algorithm,
+    GroupOptions,
+    MissingGrad,
+    NonFinite,
+    Policy,
+    Reduce,
+    read_options,
+)
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
 from distmuon.report import Report
 from distmuon.state_io import WholeState, check_saved, full_state, load_full_state
-from distmuon.steps import adamw_step, muon_step
 from distmuon.update_rules import AdjustLrFn
-from distmuon.version import __version__
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,6 +63,10 @@ class Muon(torch.optim.Optimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         process_group: ProcessGroup | None = None,
+        reduce: Reduce = "ddp",
+        nonfinite: NonFinite = "raise",
+        max_skips: int = 10,
+        missing_grad: MissingGrad = "raise",
         wave_bytes: int = 64 * 2**20,
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
@@ -75,6 +86,15 @@ class Muon(torch.optim.Optimizer):
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
             betas: AdamW's moment decays.
             process_group: Data-parallel ranks to shard over; None for one process.
+            reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
+                DistributedDataParallel does. "hook": a DDP hook sends each rank only its range
+                (call `attach(ddp_model)`). "owned": no DDP, the optimizer's own hooks
+                (call `attach(model)`).
+            nonfinite: What a NaN or infinity in any rank's gradient does: "raise" on every rank,
+                or "skip" the step on every rank. Nothing has been changed in either case.
+            max_skips: How many steps in a row may be skipped before it raises after all.
+            missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the
+                other ranks (with reduce="owned").
             wave_bytes: Bytes of momentum that one rank fetches at a time, which bounds the
                 exchange's buffers; a single larger matrix is fetched whole.
 
@@ -83,16 +103,11 @@ class Muon(torch.optim.Optimizer):
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        if isinstance(wave_bytes, bool) or not isinstance(wave_bytes, int):
-            raise TypeError(f"Invalid {wave_bytes=}. Must be an int.")
-        if wave_bytes < 1:
-            raise ValueError(f"Invalid {wave_bytes=}. Must be >= 1.")
-        self._wave_numel = wave_bytes // 4  # momentum travels in fp32
+        self._policy = Policy(reduce, nonfinite, max_skips, missing_grad, wave_bytes)
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
-        self._buckets: list[Bucket] = []
-        self._pending: dict[Tensor, WholeState] = {}  # loaded before there are buckets
-        self._steps = self._calls = self._expected = 0
+        self._engine: Engine | None = None
+        self._pending: dict[Tensor, WholeState] = {}  # loaded before there is an engine
         defaults: dict[str, Any] = {
             "algorithm": "muon",
             "lr": lr,
@@ -125,7 +140,7 @@ class Muon(torch.optim.Optimizer):
             ValueError: as the constructor.
             TypeError: as the constructor.
         """
-        if self._buckets:
+        if self._engine is not None:
             raise RuntimeError(
                 "The parameters are already laid out over the ranks. Add parameter groups before "
                 "the first step(), or build a new optimizer."
@@ -133,7 +148,8 @@ class Muon(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"A parameter group is a {type(param_group).__name__}. Must be a dict.")
         index = len(self.param_groups)
-        named = named_parameters(param_group, index)
+        entries = list_parameters(param_group, index)
+        named = name_parameters(entries, index)
         check_group({**self.defaults, **param_group, "params": named}, index)
         for name, parameter in named:
             if parameter in self._names:
@@ -143,8 +159,7 @@ class Muon(torch.optim.Optimizer):
                 )
             self._names[parameter] = name
         group = {key: value for key, value in param_group.items() if key != "reasons"}
-        group["params"] = list(param_group["params"]) if named else []
-        super().add_param_group(group)
+        super().add_param_group({**group, "params": entries})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -172,24 +187,82 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        options = [read_options(group, i) for i, group in enumerate(self.param_groups)]
-        if not self._buckets:
-            self._open(options)
-        updates = [bucket.shard.read_grad() for bucket in self._buckets]
-        active = self._agree(updates)
-        published = []
-        for bucket, update, present in zip(self._buckets, updates, active, strict=True):
-            bucket.shard.adopt()
-            if bucket.spec.algorithm == "muon":
-                self._calls += muon_step(bucket, update, present, options)
-                self._expected += sum(present[i] for i in bucket.owned)
-            else:
-                adamw_step(bucket, update, present, options)
-            published.append(bucket.shard.publish(self._communicator))
-        for message in published:
-            message.wait()
-        self._steps += 1
+        options = self._options()
+        self._ready(options).step(options)
         return loss
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the optimizer average the gradients of a model, as `reduce` says. A collective.
+
+        Call it once, after the model is on its device and before the first backward pass. With
+        "hook" the model is the DistributedDataParallel wrapper; `p.grad` then keeps the rank's own
+        gradient. With "owned" it is the bare model; rank 0's weights and buffers go to all ranks,
+        and `p.grad` is freed as it is sent. Clip with `clip_grad_norm_` in both.
+
+        Args:
+            model: The model whose parameters are in the groups.
+
+        Raises:
+            RuntimeError: if it is attached already, or the ranks' setups differ.
+            ValueError: if `reduce="ddp"`, where there is nothing to attach.
+            TypeError: if the model has the wrong wrapper.
+        """
+        if self._policy.reduce == "ddp":
+            raise ValueError(
+                'reduce="ddp" takes gradients that are averaged already, so there is nothing to '
+                'attach. Use Muon(..., reduce="hook") or reduce="owned".'
+            )
+        if self._engine is not None:
+            raise RuntimeError("A model is attached already. Build a new optimizer for another.")
+        self._open(self._options()).source.attach(model)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients without sending them, for all micro-batches but the last.
+
+        Returns:
+            A context for forward and backward, for reduce="owned". With "hook" or "ddp" use that
+            of DistributedDataParallel.
+
+        Raises:
+            RuntimeError: if the gradients are not the optimizer's to send.
+        """
+        if self._policy.reduce == "owned" and self._communicator.world_size == 1:
+            return nullcontext()
+        if self._engine is None:
+            raise RuntimeError("Call attach(model) once, before the first backward pass.")
+        return self._engine.source.no_sync()
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those already sent included.
+
+        Args:
+            set_to_none: As in torch.
+        """
+        super().zero_grad(set_to_none)
+        if self._engine is not None:
+            self._engine.source.clear()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the averaged gradients so that their norm over all parameters is at most this.
+
+        Right for every `reduce`, where torch's function would see one rank's gradients only. The
+        norms are kept for `report()`, Muon's and AdamW's apart. A non-finite norm leaves the
+        gradients alone: `step` finds and names the parameter. A collective; call it on every rank.
+
+        Args:
+            max_norm: Largest norm; infinity only measures.
+
+        Returns:
+            The norm before clipping, a scalar, equal on every rank.
+
+        Raises:
+            ValueError: if `max_norm` is not positive.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"Invalid {max_norm=}. Must be > 0.")
+        return self._ready(self._options()).clip(max_norm)
 
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
@@ -197,7 +270,7 @@ class Muon(torch.optim.Optimizer):
         rank = self._communicator.rank
         owned = [spec.ownership for spec in self._specify() if spec.ownership is not None]
         return tuple(
-            build_plan(ownership, rank, wave_numel=self._wave_numel) for ownership in owned
+            build_plan(ownership, rank, wave_numel=self._policy.wave_numel) for ownership in owned
         )
 
     def report(self) -> Report:
@@ -209,16 +282,19 @@ class Muon(torch.optim.Optimizer):
         specs = self._specify()
         muon = [spec for spec in specs if spec.algorithm == "muon"]
         owners = [owner for spec in muon if spec.ownership for owner in spec.ownership.owners]
+        engine = self._engine
         return Report(
-            steps=self._steps,
+            steps=engine.steps if engine else 0,
+            skipped=engine.skipped if engine else 0,
             rank=self._communicator.rank,
             world_size=self._communicator.world_size,
             matrices=len(owners),
             matrices_owned=owners.count(self._communicator.rank),
-            newton_schulz_calls=self._calls,
-            newton_schulz_expected=self._expected,
+            newton_schulz_calls=engine.calls if engine else 0,
+            newton_schulz_expected=engine.expected if engine else 0,
             bytes_sent=dict(self._communicator.bytes_sent),
-            state_bytes=sum(bucket.shard.state_bytes for bucket in self._buckets),
+            gradient_norms=engine.norms if engine else None,
+            state_bytes=sum(b.shard.state_bytes for b in engine.buckets) if engine else 0,
             muon_parameters=_numel(specs, "muon"),
             adamw_parameters=_numel(specs, "adamw"),
         )
@@ -235,15 +311,15 @@ class Muon(torch.optim.Optimizer):
             RuntimeError: after the first step over several ranks, each of which has only a part.
         """
         world_size = self._communicator.world_size
-        if world_size > 1 and (self._buckets or self._pending):
+        if world_size > 1 and (self._engine is not None or self._pending):
             raise RuntimeError(
                 f"This rank holds 1/{world_size} of the optimizer state, and state_dict() does "
                 "not communicate: saved as it is, the other shards would be lost. Gathering them "
                 "is not implemented in this version; save the model's weights, or train with "
                 "process_group=None where the optimizer state must be saved."
             )
-        if self._buckets:
-            for bucket in self._buckets:
+        if self._engine is not None:
+            for bucket in self._engine.buckets:
                 self.state.update(full_state(bucket))
         else:
             self.state.update(self._pending)
@@ -276,47 +352,38 @@ class Muon(torch.optim.Optimizer):
                 pending.update(zip(here["params"], entries, strict=True))
         super().load_state_dict({**state_dict, "state": {}})
         self._pending = pending
-        if self._buckets:
-            self._load_pending()
-
-    def _load_pending(self) -> None:
-        if self._pending:
-            for bucket in self._buckets:
-                load_full_state(bucket, self._pending)
-            self._pending = {}
+        if self._engine is not None:
+            self._take_pending(self._engine)
 
     def _specify(self) -> list[BucketSpec]:
-        if self._buckets:
-            return [bucket.spec for bucket in self._buckets]
+        if self._engine is not None:
+            return [bucket.spec for bucket in self._engine.buckets]
         return specify(self.param_groups, self._names, self._communicator.world_size)
 
-    def _open(self, options: Sequence[GroupOptions]) -> None:
-        specs = self._specify()
-        lines = [f"distmuon {__version__}, torch {torch.__version__}", *map(str, options)]
-        for spec in specs:
-            lines += spec.lines()
-        agreement.check_same_setup(self._communicator, lines)
-        if self._communicator.world_size > 1:
-            parameters = [p for spec in specs for p in spec.parameters]
-            norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
-            names = [name for spec in specs for name in spec.names]
-            agreement.check_averaged(self._communicator, names, norms)
-        self._buckets = [open_bucket(spec, self._communicator, self._wave_numel) for spec in specs]
-        self._load_pending()
+    def _options(self) -> list[GroupOptions]:
+        return [read_options(group, index) for index, group in enumerate(self.param_groups)]
 
-    def _agree(self, updates: Sequence[Tensor]) -> list[list[bool]]:
-        present = [[p.grad is not None for p in b.spec.parameters] for b in self._buckets]
-        found = (b.shard.first_nonfinite(u) for b, u in zip(self._buckets, updates, strict=True))
-        agreed = iter(
-            agreement.agree_on_gradients(
-                self._communicator,
-                [name for bucket in self._buckets for name in bucket.spec.names],
-                [has for row in present for has in row],
-                next((name for name in found if name is not None), None),
-                updates[0].device,
-            )
-        )
-        return [[next(agreed) for _ in row] for row in present]
+    def _ready(self, options: Sequence[GroupOptions]) -> Engine:
+        if self._engine is None:
+            if self._policy.reduce != "ddp" and self._communicator.world_size > 1:
+                raise RuntimeError(
+                    f'reduce="{self._policy.reduce}" averages the gradients itself: call '
+                    "attach(model) once, before the first backward pass."
+                )
+            self._open(options).check_averaged()
+        assert self._engine is not None, "opened above"
+        return self._engine
+
+    def _open(self, options: Sequence[GroupOptions]) -> Engine:
+        self._engine = Engine(self._specify(), options, self._policy, self._communicator)
+        self._take_pending(self._engine)
+        return self._engine
+
+    def _take_pending(self, engine: Engine) -> None:
+        if self._pending:
+            for bucket in engine.buckets:
+                load_full_state(bucket, self._pending)
+            self._pending = {}
 
 
 def _numel(specs: Sequence[BucketSpec], algorithm: Algorithm) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
 Algorithm = Literal["muon", "adamw"]
 ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
+Reduce = Literal["ddp", "hook", "owned"]
+NonFinite = Literal["raise", "skip"]
+MissingGrad = Literal["raise", "zero"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,57 @@ class GroupOptions:
     adjust_lr_fn: AdjustLrFn
     betas: tuple[float, float]
     eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the ranks work together; the same for all groups, fixed at construction.
+
+    Attributes:
+        reduce: Who averages the gradients: "ddp", "hook" or "owned".
+        nonfinite: What a NaN or infinity in a gradient does: "raise", or "skip" the step.
+        max_skips: How many steps in a row may be skipped before it raises after all.
+        missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the others.
+        wave_bytes: Bytes of momentum that one rank fetches at a time.
+
+    Raises:
+        ValueError: for a value out of range.
+        TypeError: for a value of the wrong type.
+    """
+
+    reduce: Reduce
+    nonfinite: NonFinite
+    max_skips: int
+    missing_grad: MissingGrad
+    wave_bytes: int
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for key, allowed in (
+            ("reduce", get_args(Reduce)),
+            ("nonfinite", get_args(NonFinite)),
+            ("missing_grad", get_args(MissingGrad)),
+        ):
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ValueError(f"Invalid {key}={value!r}. Must be one of {allowed}.")
+        for key in ("max_skips", "wave_bytes"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Invalid {key}={value!r}. Must be an int.")
+            if value < 1:
+                raise ValueError(f"Invalid {key}={value}. Must be >= 1.")
+        if self.missing_grad == "zero" and self.reduce != "owned":
+            raise ValueError(
+                f'missing_grad="zero" needs reduce="owned", not {self.reduce!r}: only there does '
+                "distmuon average the gradients itself. DistributedDataParallel fills in zeros "
+                "with find_unused_parameters=True."
+            )
+
+    @property
+    def wave_numel(self) -> int:
+        """Elements of momentum per wave; they travel in fp32."""
+        return self.wave_bytes // 4
 
 
 def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from distmuon.gradients import GradientNorms
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -14,6 +16,7 @@ class Report:
 
     Attributes:
         steps: Completed steps.
+        skipped: Steps left out because of a non-finite gradient (nonfinite="skip").
         rank: This rank in the process group.
         world_size: Ranks in the process group.
         matrices: Muon parameters in the model.
@@ -21,13 +24,16 @@ class Report:
         newton_schulz_calls: Parameters that this rank has orthogonalized, summed over the steps.
         newton_schulz_expected: Owned parameters that had a gradient, summed over the steps.
         bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
-            matrices, "publish" of parameters, "agree" on which gradients exist and are finite.
+            matrices, "reduce" of gradients (hook and owned only), "publish" of parameters, "agree"
+            on which gradients exist and are finite.
+        gradient_norms: Before the last clipping, Muon's and AdamW's apart; NaN before the first.
         state_bytes: Optimizer state on this rank, fp32 master weights included.
         muon_parameters: Elements updated by Muon in the whole model.
         adamw_parameters: Elements updated by AdamW in the whole model.
     """
 
     steps: int
+    skipped: int
     rank: int
     world_size: int
     matrices: int
@@ -35,6 +41,7 @@ class Report:
     newton_schulz_calls: int
     newton_schulz_expected: int
     bytes_sent: Mapping[str, int]
+    gradient_norms: GradientNorms | None
     state_bytes: int
     muon_parameters: int
     adamw_parameters: int

@@ -1,5 +1,5 @@
 """Polar factors of matrices: Newton-Schulz in several forms, and exact. Pure tensors, no state."""
 
-from distmuon.orthogonalize.api import orthogonalize
+from distmuon.orthogonalize.api import Orthogonalized, orthogonalize, orthogonalize_checked
 
-__all__ = ["orthogonalize"]
+__all__ = ["Orthogonalized", "orthogonalize", "orthogonalize_checked"]

@@ -10,9 +10,9 @@ from torch import Tensor
 from distmuon.orthogonalize import exact, newton_schulz, policy, stability
 from distmuon.orthogonalize.coefficients import Coefficients, resolve
 from distmuon.orthogonalize.guards import is_finite, largest_entry, prescale
+from distmuon.orthogonalize.policy import Method
 from distmuon.orthogonalize.schedule import Schedule
 
-Method: TypeAlias = Literal["auto", "newton_schulz", "gram", "coupled", "svd", "eigh"]
 NonFinite: TypeAlias = Literal["propagate", "zero"]
 _METHODS: tuple[str, ...] = get_args(Method)
 _EXACT = ("svd", "eigh")
@@ -108,9 +108,11 @@ def orthogonalize_checked(
     _check_input(x)
     _check_choices(method, nonfinite, steps)
     schedule = resolve(coefficients, steps)
-    work = policy.working_dtype(x, dtype)
+    work = policy.working_dtype(x, method, dtype)
     if method not in _EXACT:
         stability.check(schedule, policy.arithmetic(work, x.device))
+    if method == "coupled":
+        stability.check_without_restart(schedule, policy.arithmetic(work, x.device))
     plan = _Plan(method, schedule, work, nonfinite)
     # Under autocast every product here would silently become a bfloat16 one.
     with torch.autocast(x.device.type, enabled=False):

@@ -13,6 +13,7 @@ from distmuon.orthogonalize.schedule import Schedule
 from distmuon.orthogonalize.stability import Arithmetic, windows
 
 Form: TypeAlias = Literal["newton_schulz", "gram"]
+Method: TypeAlias = Literal["auto", "newton_schulz", "gram", "coupled", "svd", "eigh"]
 
 # Long side over short side from which the Gram form is faster: measured, docs/numerics.md. Below
 # the size at which symmetric products are cut, it saves less.
@@ -40,18 +41,19 @@ def cpu_has_fast_bfloat16() -> bool:
     return supported
 
 
-def working_dtype(x: Tensor, requested: torch.dtype | None) -> torch.dtype:
+def working_dtype(x: Tensor, method: Method, requested: torch.dtype | None) -> torch.dtype:
     """Dtype of the matrix products.
 
     Args:
         x: [..., m, n], any supported dtype and device.
+        method: how they will be used.
         requested: the caller's choice, or None.
 
     Returns:
-        `requested` if given. Else float64 for a float64 input; on a GPU float16 where the Gram
-        form applies and bfloat16 elsewhere (float16 where there is no bfloat16); on a CPU float32,
-        except that a bfloat16 input stays bfloat16 where that is fast and the Gram form, as fast
-        in float32, does not apply; float32 on other devices.
+        `requested` if given. Else float64 for a float64 input; on a GPU float16 for the Gram form
+        and bfloat16 for the plain one (float16 where there is no bfloat16); on a CPU float32,
+        except that a bfloat16 input of the plain form stays bfloat16 where that is fast: the Gram
+        form is as fast in float32. float32 for the references and on other devices.
 
     Raises:
         TypeError: `requested` is not a dtype.
@@ -61,9 +63,13 @@ def working_dtype(x: Tensor, requested: torch.dtype | None) -> torch.dtype:
         return _checked(requested)
     if x.dtype == torch.float64:
         return torch.float64
+    if method not in ("auto", "newton_schulz", "gram"):
+        return torch.float32
+    on_gram = method == "gram" or (method == "auto" and _elongated(x))
     if x.device.type == "cuda":
-        return _cuda_dtype(x)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _elongated(x):
+        no_bfloat16 = torch.cuda.get_device_capability(x.device) < (8, 0)
+        return torch.float16 if on_gram or no_bfloat16 else torch.bfloat16
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not on_gram:
         return torch.bfloat16 if cpu_has_fast_bfloat16() else torch.float32
     return torch.float32
 
@@ -76,12 +82,6 @@ def _checked(dtype: torch.dtype) -> torch.dtype:
             f"Invalid {dtype=}. Must be torch.float64, float32, float16 or bfloat16, or None."
         )
     return dtype
-
-
-def _cuda_dtype(x: Tensor) -> torch.dtype:
-    if _elongated(x) or torch.cuda.get_device_capability(x.device) < (8, 0):
-        return torch.float16
-    return torch.bfloat16
 
 
 def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:

@@ -106,9 +106,23 @@ def windows(schedule: Schedule, arithmetic: Arithmetic) -> tuple[tuple[Triple, .
     return tuple(tuple(window) for window in cut)
 
 
+def check_without_restart(schedule: Schedule, arithmetic: Arithmetic) -> None:
+    """Refuse what only restarts would keep stable, for the form that has none.
+
+    Args:
+        schedule: coefficients.
+        arithmetic: precision of the products.
+
+    Raises:
+        ValueError: `windows` cuts the schedule, or refuses it.
+    """
+    if len(windows(schedule, arithmetic)) > 1:
+        raise ValueError(_refusal(schedule, arithmetic))
+
+
 def _refusal(schedule: Schedule, arithmetic: Arithmetic) -> str:
     return (
-        f"Invalid method='gram' for schedule {schedule.name!r} in {arithmetic}: rounding errors of "
-        "the Gram matrix would be amplified past the result. Use method='newton_schulz', or "
-        "dtype=torch.float16 or torch.float32."
+        f"Invalid method for schedule {schedule.name!r} in {arithmetic}: iterating on the Gram "
+        "matrix would amplify its rounding errors past the result. Use method='newton_schulz', or "
+        "dtype=torch.float32 or torch.float64."
     )

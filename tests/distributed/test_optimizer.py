@@ -258,7 +258,7 @@ def damaged(damage: Damage) -> tuple[str, bool]:
         if step == 0:
             optimizer.step()
     before = {name: parameter.detach().clone() for name, parameter in model.items()}
-    state = [b.shard.state for b in optimizer._buckets]
+    state = [b.shard.state for b in optimizer._engine.buckets]
     kept = [{name: t.clone() for name, t in tensors.items()} for tensors in state]
     if damage == "missing" and dist.get_rank() == 2:
         model["square"].grad = None

@@ -320,7 +320,7 @@ def test_a_nonfinite_gradient_changes_nothing(bad: float, where: int) -> None:
     give_gradients(params, 0)
     optimizer.step()
     before = [p.detach().clone() for p in params]
-    state = [{k: v.clone() for k, v in b.shard.state.items()} for b in optimizer._buckets]
+    state = [{k: v.clone() for k, v in b.shard.state.items()} for b in optimizer._engine.buckets]
     give_gradients(params, 1)
     grad = params[where].grad
     assert grad is not None
@@ -328,7 +328,7 @@ def test_a_nonfinite_gradient_changes_nothing(bad: float, where: int) -> None:
     with pytest.raises(FloatingPointError, match=f"gradient of {'wb'[where]} "):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
-    for bucket, kept in zip(optimizer._buckets, state, strict=True):
+    for bucket, kept in zip(optimizer._engine.buckets, state, strict=True):
         assert all(torch.equal(bucket.shard.state[k], v) for k, v in kept.items())
 
 

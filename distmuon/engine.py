@@ -1,0 +1,153 @@
+"""The sharded optimizer at work: one rank's buffers, its gradients, and the step over them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distmuon import agreement
+from distmuon.buckets import BucketSpec, open_bucket
+from distmuon.collectives import Communicator
+from distmuon.gradients import GradientNorms, GradientSource, gradient_norms, make_source
+from distmuon.options import GroupOptions, Policy
+from distmuon.steps import adamw_step, muon_step
+from distmuon.version import __version__
+
+_logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Allocated at the first step, when the parameters have their final dtype and device.
+
+    Attributes:
+        buckets: The flat buffers, AdamW's first.
+        source: Where the averaged gradients come from.
+        steps: Completed steps.
+        skipped: Steps left out because of a non-finite gradient.
+        calls: Parameters this rank has orthogonalized, summed over the steps.
+        expected: Owned parameters that had a gradient, summed over the steps.
+        norms: Of the gradients at the last clipping.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[BucketSpec],
+        options: Sequence[GroupOptions],
+        policy: Policy,
+        communicator: Communicator,
+    ) -> None:
+        """Compare the plan over the ranks, then allocate. A collective.
+
+        Args:
+            specs: What goes into which buffer.
+            options: Of each parameter group.
+            policy: How the ranks work together.
+            communicator: The group.
+
+        Raises:
+            RuntimeError: on every rank, if their setups differ; names the first difference.
+        """
+        versions = f"distmuon {__version__}, torch {torch.__version__}"
+        lines = [versions, str(policy), *map(str, options)]
+        for spec in specs:
+            lines += spec.lines()
+        agreement.check_same_setup(communicator, lines)
+        self._communicator = communicator
+        self._policy = policy
+        self.buckets = [open_bucket(spec, communicator, policy.wave_numel) for spec in specs]
+        self.source: GradientSource = make_source(policy.reduce, self.buckets, communicator)
+        self.norms = GradientNorms(math.nan, math.nan, math.nan)
+        self.steps = self.skipped = self.calls = self.expected = self._skipped_in_a_row = 0
+
+    def step(self, options: Sequence[GroupOptions]) -> None:
+        """Update every parameter that has a gradient, on all ranks together.
+
+        Args:
+            options: Of each parameter group, as they are now.
+
+        Raises:
+            RuntimeError: if ranks disagree about their gradients, no parameter has one, or a
+                matrix that had one was not orthogonalized.
+            FloatingPointError: if a gradient is not finite and the policy says so.
+        """
+        present = self.source.present()
+        updates = self.source.read()
+        verdict = self._agree(present, updates)
+        self.source.clear()
+        if verdict.nonfinite is not None:
+            self._skip(verdict.nonfinite)
+            return
+        agreed = iter(verdict.present)
+        published = []
+        for bucket, update in zip(self.buckets, updates, strict=True):
+            active = [next(agreed) for _ in bucket.spec.parameters]
+            bucket.shard.adopt()
+            if bucket.spec.algorithm == "muon":
+                self.calls += muon_step(bucket, update, active, options)
+                self.expected += sum(active[i] for i in bucket.owned)
+            else:
+                adamw_step(bucket, update, active, options)
+            published.append(bucket.shard.publish(self._communicator))
+        for message in published:
+            message.wait()
+        self.steps += 1
+        self._skipped_in_a_row = 0
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Measure the averaged gradients and scale them down if need be. A collective.
+
+        Args:
+            max_norm: Largest norm over all parameters.
+
+        Returns:
+            The norm before, a scalar.
+        """
+        self.norms = gradient_norms(self.source, self.buckets, self._communicator)
+        total = self.norms.total
+        if math.isfinite(total) and total > max_norm:
+            self.source.scale_(max_norm / total)
+        return torch.tensor(total, dtype=torch.float32, device=self.buckets[0].shard.master.device)
+
+    def check_averaged(self) -> None:
+        """Refuse gradients in `p.grad` that nobody averaged. A collective.
+
+        Raises:
+            RuntimeError: on every rank, naming the first parameter.
+        """
+        if self._communicator.world_size > 1:
+            parameters = [p for bucket in self.buckets for p in bucket.spec.parameters]
+            norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
+            agreement.check_averaged(self._communicator, self._names(), norms)
+
+    def _names(self) -> list[str]:
+        return [name for bucket in self.buckets for name in bucket.spec.names]
+
+    def _agree(
+        self, present: Sequence[Sequence[bool]], updates: Sequence[Tensor]
+    ) -> agreement.Verdict:
+        found = (b.shard.first_nonfinite(u) for b, u in zip(self.buckets, updates, strict=True))
+        return agreement.agree_on_gradients(
+            self._communicator,
+            self._names(),
+            [has for row in present for has in row],
+            next((name for name in found if name is not None), None),
+            missing_grad=self._policy.missing_grad,
+            device=updates[0].device,
+        )
+
+    def _skip(self, message: str) -> None:
+        if self._policy.nonfinite == "raise":
+            raise FloatingPointError(f"{message} Skip the batch or lower the lr.")
+        if self._skipped_in_a_row == self._policy.max_skips:
+            raise FloatingPointError(
+                f"{message} {self._policy.max_skips} steps in a row were skipped before this one "
+                "(max_skips): training no longer moves. Lower the lr or look at the data."
+            )
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._communicator.rank == 0:
+            _logger.warning("Step skipped. %s", message)

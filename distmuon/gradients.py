@@ -1,0 +1,312 @@
+"""Who averages the gradients over the ranks, and where the average of this rank's range is.
+
+Three sources with one face, for P parameters: DistributedDataParallel averages `p.grad` on every
+rank (2P elements sent per rank, and P more to publish the parameters); or a DDP communication hook
+sends each rank its own range only (P and P); or there is no DDP and hooks on the parameters do the
+same, freeing each gradient as it is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from distmuon.buckets import Bucket
+from distmuon.collectives import Communicator
+from distmuon.options import Reduce
+from distmuon.reducer import Reducer
+
+BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's bucket_cap_mb
+
+
+class GradientSource:
+    """`reduce="ddp"`, and what the other modes share: `p.grad` is the average on every rank."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        """Read from the parameters of these buckets."""
+        self._buckets = buckets
+
+    def attach(self, model: nn.Module) -> None:
+        """Register with a model; nothing to do where the gradients are averaged already."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which gradients accumulate and are not sent.
+
+        Raises:
+            RuntimeError: if DistributedDataParallel sends them, which has its own.
+        """
+        raise RuntimeError(
+            'The optimizer\'s no_sync() is for reduce="owned". Use the no_sync() of '
+            "DistributedDataParallel."
+        )
+
+    def present(self) -> list[list[bool]]:
+        """Whether this rank has a gradient, for each parameter of each bucket."""
+        return [[p.grad is not None for p in bucket.spec.parameters] for bucket in self._buckets]
+
+    def read(self) -> list[Tensor]:
+        """The averaged gradients of this rank's range, [shard_numel] for each bucket."""
+        return [bucket.shard.read_grad() for bucket in self._buckets]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the averaged gradients by a factor before they are read."""
+        for bucket in self._buckets:
+            for parameter in bucket.spec.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def clear(self) -> None:
+        """Forget what was received for this step; `p.grad` belongs to the user."""
+
+
+class GradientNorms(NamedTuple):
+    """Norms of the averaged gradients before clipping, over all parameters of a rule.
+
+    Attributes:
+        total: Of all parameters.
+        muon: Of those that Muon updates.
+        adamw: Of those that AdamW updates.
+    """
+
+    total: float
+    muon: float
+    adamw: float
+
+
+def gradient_norms(
+    source: GradientSource, buckets: Sequence[Bucket], communicator: Communicator
+) -> GradientNorms:
+    """Euclidean norms over all ranks' ranges, summed in fp64. A collective.
+
+    Args:
+        source: Where the gradients are.
+        buckets: What they belong to.
+        communicator: The group.
+
+    Returns:
+        The norms, equal on every rank.
+    """
+    source.present()  # sends what is still to be sent
+    squares = {"muon": 0.0, "adamw": 0.0}
+    for bucket, grad in zip(buckets, source.read(), strict=True):
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
+        squares[bucket.spec.algorithm] += float(norm) ** 2
+    device = buckets[0].shard.master.device
+    muon, adamw = communicator.add_up_reals([squares["muon"], squares["adamw"]], device)
+    return GradientNorms(math.sqrt(muon + adamw), math.sqrt(muon), math.sqrt(adamw))
+
+
+def make_source(
+    reduce: Reduce, buckets: Sequence[Bucket], communicator: Communicator
+) -> GradientSource:
+    """The source for a mode; one process has nothing to reduce, whatever the mode.
+
+    Args:
+        reduce: The mode.
+        buckets: What the gradients belong to.
+        communicator: The group.
+
+    Returns:
+        The source.
+    """
+    if reduce == "ddp" or communicator.world_size == 1:
+        return GradientSource(buckets)
+    if reduce == "hook":
+        return HookGradients(buckets, communicator)
+    return OwnedGradients(buckets, communicator)
+
+
+class _ReducedGradients(GradientSource):
+    """The averages arrive from a reducer."""
+
+    def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
+        """Prepare for `attach`."""
+        super().__init__(buckets)
+        self._reducer = Reducer(buckets, communicator)
+
+    @override
+    def read(self) -> list[Tensor]:
+        """The received averages of this rank's range."""
+        return self._reducer.finish()
+
+    @override
+    def scale_(self, factor: float) -> None:
+        """Multiply the received averages by a factor."""
+        for grad in self._reducer.finish():
+            grad.mul_(factor)
+
+    @override
+    def clear(self) -> None:
+        """Drop the received averages."""
+        self._reducer.drop()
+
+
+class HookGradients(_ReducedGradients):
+    """`reduce="hook"`: DDP calls us for each of its buckets instead of all-reducing it.
+
+    `p.grad` keeps this rank's own, unaveraged gradient.
+    """
+
+    @override
+    def attach(self, model: nn.Module) -> None:
+        """Register the hook.
+
+        Raises:
+            TypeError: if the model is not wrapped in DistributedDataParallel.
+            ValueError: if model and optimizer do not train the same parameters.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            raise TypeError(
+                f'reduce="hook" is for DistributedDataParallel, not for {type(model).__name__}. '
+                'Wrap the model first, or use reduce="owned" without DDP.'
+            )
+        _require_same_parameters(model, self._buckets)
+        model.register_comm_hook(self._reducer, _ddp_hook)
+
+    @override
+    def read(self) -> list[Tensor]:
+        """The received averages of this rank's range."""
+        self._reducer.require_reduced(self.present())
+        return super().read()
+
+
+def _ddp_hook(reducer, bucket):  # type: ignore[no-untyped-def]  # DDP refuses string annotations
+    reducer.start(list(zip(bucket.parameters(), bucket.gradients(), strict=True)))
+    buffer = bucket.buffer()
+    # Done as far as DDP is concerned: `start` has copied what it sends, and nobody reads the
+    # unaveraged buffer.
+    devices = [buffer.device] if buffer.device.type == "cuda" else None
+    future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+    future.set_result(buffer)
+    return future
+
+
+class OwnedGradients(_ReducedGradients):
+    """`reduce="owned"`: hooks on the parameters send each bucket as soon as it is complete.
+
+    Buckets leave in one fixed order on every rank, whatever order backward fills them in.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
+        """Prepare for `attach`."""
+        super().__init__(buckets, communicator)
+        self._communicator = communicator
+        self._sets: list[list[Tensor]] = []
+        self._set_of: dict[Tensor, int] = {}
+        self._waiting: list[set[Tensor]] = []
+        self._sent = 0
+        self._has: set[Tensor] = set()
+        self._mode: Literal["reduce", "accumulate"] = "reduce"
+
+    @override
+    def attach(self, model: nn.Module) -> None:
+        """Give every rank rank 0's weights and buffers, and register the hooks.
+
+        Raises:
+            TypeError: if the model is wrapped in DistributedDataParallel, which would average too.
+            ValueError: if model and optimizer do not train the same parameters.
+        """
+        if isinstance(model, DistributedDataParallel):
+            raise TypeError(
+                'reduce="owned" replaces DistributedDataParallel. Attach the bare module, or use '
+                'reduce="hook".'
+            )
+        _require_same_parameters(model, self._buckets)
+        for bucket in self._buckets:
+            self._communicator.broadcast(bucket.shard.flat)
+        for buffer in model.buffers():
+            self._communicator.broadcast(buffer)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sets = _by_size(trained)
+        self._set_of = {p: index for index, members in enumerate(self._sets) for p in members}
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+        self.clear()
+
+    @override
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients accumulate in `p.grad` for all micro-batches but the last."""
+        before, self._mode = self._mode, "accumulate"
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._mode == "accumulate":
+            return
+        index = self._set_of[parameter]
+        if index < self._sent:
+            raise RuntimeError(
+                "A parameter got a second gradient after its first was sent. Run every backward "
+                "pass of a step but the last under optimizer.no_sync(), and call zero_grad() "
+                "when a step is left out."
+            )
+        self._waiting[index].discard(parameter)
+        while self._sent < len(self._sets) and not self._waiting[self._sent]:
+            self._send()
+
+    def _send(self) -> None:
+        members = self._sets[self._sent]
+        self._has.update(p for p in members if p.grad is not None)
+        self._reducer.start([(p, p.grad) for p in members])
+        for parameter in members:
+            parameter.grad = None
+        self._sent += 1
+
+    @override
+    def present(self) -> list[list[bool]]:
+        """Whether backward gave a gradient; sends what backward left incomplete."""
+        while self._sent < len(self._sets):
+            self._send()
+        return [[p in self._has for p in bucket.spec.parameters] for bucket in self._buckets]
+
+    @override
+    def clear(self) -> None:
+        """Drop the received averages and start a new round."""
+        while 0 < self._sent < len(self._sets):
+            self._send()  # the other ranks have sent or will send these
+        self._reducer.drop()
+        self._waiting = [set(members) for members in self._sets]
+        self._sent = 0
+        self._has.clear()
+
+
+def _require_same_parameters(model: nn.Module, buckets: Sequence[Bucket]) -> None:
+    known: dict[Tensor, str] = {}
+    for bucket in buckets:
+        known.update(zip(bucket.spec.parameters, bucket.spec.names, strict=True))
+    trained: dict[Tensor, str] = {
+        parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    for name in (name for parameter, name in trained.items() if parameter not in known):
+        raise ValueError(
+            f"{name} is trainable but not in the optimizer: its gradient would never be averaged. "
+            "Freeze it or add it to a group."
+        )
+    for name in (name for parameter, name in known.items() if parameter not in trained):
+        raise ValueError(
+            f"{name} is in the optimizer but no trainable parameter of the attached model."
+        )
+
+
+def _by_size(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Sets of at most `BUCKET_BYTES`, one dtype each, last parameters first as in backward."""
+    sets: list[list[Tensor]] = []
+    size = BUCKET_BYTES
+    for parameter in reversed(parameters):
+        nbytes = parameter.numel() * parameter.element_size()
+        if size + nbytes > BUCKET_BYTES or parameter.dtype != sets[-1][0].dtype:
+            sets.append([])
+            size = 0
+        sets[-1].append(parameter)
+        size += nbytes
+    return sets

@@ -1,0 +1,98 @@
+"""Sum gradients that every rank has whole straight into the flat ranges that the ranks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distmuon.buckets import Bucket
+from distmuon.collectives import Communicator, Pending
+from distmuon.reduction import Member, ReductionPlan, plan_reduction
+
+
+class Reducer:
+    """Sums gradients straight into the flat ranges: an all-to-all, then a local sum.
+
+    The ranges are a permutation of the parameters, so a set of gradients goes to the ranks in
+    uneven parts, which no backend's reduce-scatter takes; gloo's is an all-reduce in disguise
+    anyway. Sums are taken in fp32 or wider, in the order of the ranks.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
+        """Prepare to receive for these buckets."""
+        self._buckets = buckets
+        self._communicator = communicator
+        self._members = {
+            parameter: Member(index, tensor)
+            for index, bucket in enumerate(buckets)
+            for tensor, parameter in enumerate(bucket.spec.parameters)
+        }
+        self._plans: dict[tuple[Member, ...], ReductionPlan] = {}
+        self._flying: list[tuple[ReductionPlan, Pending]] = []
+        self._grads: list[Tensor] | None = None
+        self._reduced: set[Member] = set()
+
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Send gradients on their way; parameters that are not in the optimizer are ignored.
+
+        Args:
+            pairs: Parameters and their whole gradients on this rank; None counts as zeros. Every
+                rank gives the same parameters in the same order.
+        """
+        known = [(self._members[p], p, grad) for p, grad in pairs if p in self._members]
+        if not known:
+            return
+        members = tuple(member for member, _, _ in known)
+        if members not in self._plans:
+            layouts = [bucket.spec.layout for bucket in self._buckets]
+            self._plans[members] = plan_reduction(members, layouts, self._communicator.rank)
+        plan = self._plans[members]
+        # reshape copies what is not contiguous: gloo sends the first bytes of storage as they lie.
+        flat = {m: (torch.zeros_like(p) if g is None else g).reshape(-1) for m, p, g in known}
+        send = torch.cat([flat[m][s.tensor_start :][: s.numel] for m, s in plan.pieces])
+        receive_counts = [plan.counts[self._communicator.rank]] * self._communicator.world_size
+        pending = self._communicator.exchange(send, plan.counts, receive_counts, kind="reduce")
+        self._flying.append((plan, pending))
+        self._reduced.update(members)
+
+    def finish(self) -> list[Tensor]:
+        """Wait for everything that was sent.
+
+        Returns:
+            The averaged gradients of this rank's range, [shard_numel] for each bucket.
+        """
+        if self._grads is None:
+            self._grads = [torch.zeros_like(bucket.shard.master) for bucket in self._buckets]
+        world_size = self._communicator.world_size
+        for plan, pending in self._flying:
+            parts = pending.wait().view(world_size, -1)
+            for member, segment, start in plan.mine:
+                grad = self._grads[member.bucket]
+                total = parts[:, start : start + segment.numel].to(grad.dtype).sum(dim=0)
+                grad[segment.shard_start :][: segment.numel] = total.div_(world_size)
+        self._flying = []
+        return self._grads
+
+    def require_reduced(self, present: Sequence[Sequence[bool]]) -> None:
+        """Refuse gradients that never went through `start`.
+
+        Raises:
+            RuntimeError: naming the first.
+        """
+        for bucket, (spec_present, opened) in enumerate(zip(present, self._buckets, strict=True)):
+            for tensor, has in enumerate(spec_present):
+                if has and Member(bucket, tensor) not in self._reduced:
+                    raise RuntimeError(
+                        f"The gradient of {opened.spec.names[tensor]} was never reduced over the "
+                        "ranks: the last backward pass ran under no_sync(), or went through the "
+                        "bare module instead of the one given to attach()."
+                    )
+
+    def drop(self) -> None:
+        """Forget this step's gradients; messages in flight are waited for first."""
+        for _, pending in self._flying:
+            pending.wait()
+        self._flying, self._grads = [], None
+        self._reduced.clear()
