@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -151,7 +151,8 @@ class Communicator:
         Returns:
             The sums, equal on every rank.
         """
-        return [int(v) for v in self._add_up(torch.tensor(values, dtype=torch.int64), device)]
+        total = self._all_reduce(torch.tensor(values, dtype=torch.int64), device, dist.ReduceOp.SUM)
+        return [int(value) for value in total]
 
     def add_up_reals(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Sum of a few fp64 numbers over the ranks; waits for the result.
@@ -163,12 +164,33 @@ class Communicator:
         Returns:
             The sums, equal on every rank.
         """
-        return self._add_up(torch.tensor(values, dtype=torch.float64), device)
+        return self._all_reduce(
+            torch.tensor(values, dtype=torch.float64), device, dist.ReduceOp.SUM
+        )
 
-    def _add_up(self, values: Tensor, device: torch.device) -> list[float]:
+    def extreme(
+        self, values: Sequence[int], device: torch.device, *, kind: Literal["min", "max"]
+    ) -> list[int]:
+        """Smallest or largest of each integer over the ranks; waits for the result.
+
+        Args:
+            values: The same number of integers on every rank.
+            device: Where the backend expects its tensors.
+            kind: Which of the two.
+
+        Returns:
+            The extremes, equal on every rank.
+        """
+        operation = dist.ReduceOp.MIN if kind == "min" else dist.ReduceOp.MAX
+        found = self._all_reduce(torch.tensor(values, dtype=torch.int64), device, operation)
+        return [int(value) for value in found]
+
+    def _all_reduce(
+        self, values: Tensor, device: torch.device, operation: dist.ReduceOp.RedOpType
+    ) -> list[float]:
         if self.world_size > 1:
             values = values.to(device)
-            dist.all_reduce(values, group=self._group)
+            dist.all_reduce(values, operation, group=self._group)
             # An all-reduce sends at least 2(N-1)/N of its payload per rank.
             payload = values.numel() * values.element_size()
             self.bytes_sent["agree"] += 2 * (self.world_size - 1) * payload // self.world_size

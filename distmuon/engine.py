@@ -12,6 +12,7 @@ from torch import Tensor
 from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket
 from distmuon.collectives import Communicator
+from distmuon.desync import check_desync
 from distmuon.gradients import GradientNorms, GradientSource, gradient_norms, make_source
 from distmuon.options import GroupOptions, Policy
 from distmuon.steps import adamw_step, muon_step
@@ -70,10 +71,14 @@ class Engine:
             options: Of each parameter group, as they are now.
 
         Raises:
-            RuntimeError: if ranks disagree about their gradients, no parameter has one, or a
-                matrix that had one was not orthogonalized.
+            RuntimeError: if ranks disagree about their gradients or their parameters, no
+                parameter has a gradient, or a matrix that had one was not orthogonalized.
             FloatingPointError: if a gradient is not finite and the policy says so.
         """
+        every = self._policy.check_desync_every
+        if every and self.steps % every == 0:
+            # Before the update: publishing it overwrites what other ranks hold of each range.
+            check_desync(self._communicator, self.buckets, self.steps)
         present = self.source.present()
         updates = self.source.read()
         verdict = self._agree(present, updates)

@@ -68,6 +68,7 @@ class Muon(torch.optim.Optimizer):
         max_skips: int = 10,
         missing_grad: MissingGrad = "raise",
         wave_bytes: int = 64 * 2**20,
+        check_desync_every: int = 0,
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -97,13 +98,18 @@ class Muon(torch.optim.Optimizer):
                 other ranks (with reduce="owned").
             wave_bytes: Bytes of momentum that one rank fetches at a time, which bounds the
                 exchange's buffers; a single larger matrix is fetched whole.
+            check_desync_every: Compare a checksum of all parameters over the ranks before every
+                so many updates, and name the ranks that differ; 0 never does. Each update
+                publishes every parameter anew, so a difference lives for one step: 1 sees all.
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        self._policy = Policy(reduce, nonfinite, max_skips, missing_grad, wave_bytes)
+        self._policy = Policy(
+            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every
+        )
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None

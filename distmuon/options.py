@@ -58,6 +58,7 @@ class Policy:
         max_skips: How many steps in a row may be skipped before it raises after all.
         missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the others.
         wave_bytes: Bytes of momentum that one rank fetches at a time.
+        check_desync_every: Steps between two comparisons of all parameters; 0 for never.
 
     Raises:
         ValueError: for a value out of range.
@@ -69,6 +70,7 @@ class Policy:
     max_skips: int
     missing_grad: MissingGrad
     wave_bytes: int
+    check_desync_every: int
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -80,12 +82,12 @@ class Policy:
             value = getattr(self, key)
             if value not in allowed:
                 raise ValueError(f"Invalid {key}={value!r}. Must be one of {allowed}.")
-        for key in ("max_skips", "wave_bytes"):
+        for key, least in (("max_skips", 1), ("wave_bytes", 1), ("check_desync_every", 0)):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Invalid {key}={value!r}. Must be an int.")
-            if value < 1:
-                raise ValueError(f"Invalid {key}={value}. Must be >= 1.")
+            if value < least:
+                raise ValueError(f"Invalid {key}={value}. Must be >= {least}.")
         if self.missing_grad == "zero" and self.reduce != "owned":
             raise ValueError(
                 f'missing_grad="zero" needs reduce="owned", not {self.reduce!r}: only there does '

@@ -355,3 +355,32 @@ def foreign_group() -> str:
 
 def test_a_group_without_this_rank_is_refused() -> None:
     assert "member" in run_ranks(2, foreign_group)[1]
+
+
+def flip(every: int) -> list[str]:
+    model, optimizer = build(RAGGED, torch.float32, dist.group.WORLD, check_desync_every=every)
+    said = []
+    for step in range(1, 5):
+        for parameter in model.values():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return [*said, str(error)]
+        said.append("")
+        if step == 2 and dist.get_rank() == 2:
+            model["wide"].data.view(-1).view(torch.int32)[4321] ^= (
+                1  # the lowest bit of one element
+            )
+    return said
+
+
+def test_i7_one_flipped_bit_is_named_before_the_next_update() -> None:
+    outcome = run_ranks(4, flip, 1)
+    for said in outcome:
+        assert said[:2] == ["", ""]
+        assert "Desync after step 2: wide is not the same on all ranks; ranks [2]" in said[2]
+
+
+def test_without_the_check_the_next_update_overwrites_a_flipped_bit() -> None:
+    assert run_ranks(4, flip, 0) == [["", "", "", ""]] * 4
