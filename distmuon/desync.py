@@ -11,8 +11,8 @@ from torch import Tensor
 from distmuon.buckets import Bucket
 from distmuon.collectives import Communicator
 
-# Weights below 2**13 and 32-bit words keep the sum of 2**17 products inside 63 bits; longer sums
-# wrap around, which is as good for a checksum. 8191 is prime: no power-of-two shift goes unseen.
+# Odd weights: an odd number times any change is not 0 modulo 2**64, so that no single changed word
+# goes unseen. Their period is prime, so that rows of a power-of-two length weigh differently.
 _PERIOD = 8191
 
 
@@ -55,9 +55,9 @@ def checksum(tensor: Tensor) -> Tensor:
         tensor: Any shape and dtype of 1, 2, 4 or 8 bytes.
 
     Returns:
-        An int64 scalar; any single changed bit changes it.
+        An int64 scalar; any change of a single element changes it.
     """
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(words).to(torch.int64)
-    weights = torch.arange(bits.numel(), device=bits.device).remainder_(_PERIOD).add_(1)
+    weights = torch.arange(bits.numel(), device=bits.device).remainder_(_PERIOD).mul_(2).add_(1)
     return (bits * weights).sum()  # never in place: for 8-byte dtypes `bits` is the tensor itself
