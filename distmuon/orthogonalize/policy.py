@@ -17,8 +17,8 @@ Method: TypeAlias = Literal["auto", "newton_schulz", "gram", "coupled", "svd", "
 
 # Long side over short side from which the Gram form is faster: measured, docs/numerics.md. Below
 # the size at which symmetric products are cut, it saves less.
-_GRAM_ASPECT = 1.25
-_GRAM_ASPECT_UNCUT = 1.5
+_GRAM_ASPECT = 4 / 3
+_GRAM_ASPECT_UNCUT = 1.6
 
 _ARITHMETIC: dict[torch.dtype, Arithmetic] = {
     torch.float64: "float64",
