@@ -197,6 +197,29 @@ class Communicator:
         result: list[float] = values.tolist()
         return result
 
+    def gather(self, shard: Tensor, *, to: int) -> Tensor | None:
+        """Lay the ranks' equal shards end to end on one rank. For saving only.
+
+        Args:
+            shard: [n], contiguous; the same n on every rank.
+            to: The rank that receives.
+
+        Returns:
+            [world_size * n] on rank `to`, None elsewhere.
+        """
+        if self.world_size == 1:
+            return shard
+        if self.rank != to:
+            self.bytes_sent["consolidate"] += shard.numel() * shard.element_size()
+            dist.send(shard, group=self._group, group_dst=to)
+            return None
+        whole = shard.new_empty(self.world_size, shard.numel())
+        whole[to] = shard
+        for rank in range(self.world_size):
+            if rank != to:
+                dist.recv(whole[rank], group=self._group, group_src=rank)
+        return whole.view(-1)
+
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a tensor with the first rank's. For set-up only.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distmuon.buckets import BucketSpec, specify
+from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
 from distmuon.engine import Engine
 from distmuon.group_check import check_group, list_parameters, name_parameters
@@ -26,7 +26,7 @@ from distmuon.options import (
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
 from distmuon.report import Report
-from distmuon.state_io import WholeState, check_saved, full_state, load_full_state
+from distmuon.state_io import StateKeeper
 from distmuon.update_rules import AdjustLrFn
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None
-        self._pending: dict[Tensor, WholeState] = {}  # loaded before there is an engine
+        self._keeper = StateKeeper(self._communicator)
         defaults: dict[str, Any] = {
             "algorithm": "muon",
             "lr": lr,
@@ -194,6 +194,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         options = self._options()
+        self._keeper.forget_gathered()
         self._ready(options).step(options)
         return loss
 
@@ -300,35 +301,38 @@ class Muon(torch.optim.Optimizer):
             newton_schulz_expected=engine.expected if engine else 0,
             bytes_sent=dict(self._communicator.bytes_sent),
             gradient_norms=engine.norms if engine else None,
-            state_bytes=sum(b.shard.state_bytes for b in engine.buckets) if engine else 0,
+            state_bytes=sum(bucket.shard.state_bytes for bucket in self._buckets()),
             muon_parameters=_numel(specs, "muon"),
             adamw_parameters=_numel(specs, "adamw"),
         )
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the whole optimizer state on one rank, for `state_dict` there. A collective.
+
+        As in torch's ZeroRedundancyOptimizer. Valid until the next step.
+
+        Args:
+            to: The rank, within the process group, that receives the state in host memory.
+
+        Raises:
+            ValueError: if `to` is not a rank of the group.
+        """
+        self._keeper.consolidate(self._buckets(), to=to)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """State of every parameter, in torch's form. Never a collective.
 
         Returns:
-            An ordinary optimizer dictionary: "momentum_buffer", or "exp_avg" and "exp_avg_sq", in
-            each parameter's own shape, and "step". The fp32 "master" of narrow parameters too.
+            An ordinary optimizer dictionary, the same for every world size: "momentum_buffer", or
+            "exp_avg" and "exp_avg_sq", in each parameter's own shape, and "step". The fp32
+            "master" of narrow parameters too.
 
         Raises:
-            RuntimeError: after the first step over several ranks, each of which has only a part.
+            RuntimeError: over several ranks, each of which holds a part, unless this rank has just
+                received the whole from `consolidate_state_dict`.
         """
-        world_size = self._communicator.world_size
-        if world_size > 1 and (self._engine is not None or self._pending):
-            raise RuntimeError(
-                f"This rank holds 1/{world_size} of the optimizer state, and state_dict() does "
-                "not communicate: saved as it is, the other shards would be lost. Gathering them "
-                "is not implemented in this version; save the model's weights, or train with "
-                "process_group=None where the optimizer state must be saved."
-            )
-        if self._engine is not None:
-            for bucket in self._engine.buckets:
-                self.state.update(full_state(bucket))
-        else:
-            self.state.update(self._pending)
+        self.state.update(self._keeper.whole(self._buckets()))
         try:
             return super().state_dict()
         finally:
@@ -346,20 +350,13 @@ class Muon(torch.optim.Optimizer):
             ValueError: for state that is partial, foreign or misshaped, naming the parameter;
                 nothing has been changed then.
         """
-        saved, groups = state_dict["state"], state_dict["param_groups"]
-        pending: dict[Tensor, WholeState] = {}
-        if saved and len(groups) == len(self.param_groups):
-            for here, there in zip(self.param_groups, groups, strict=True):
-                entries = [saved.get(key) for key in there["params"]]
-                if len(entries) != len(here["params"]):
-                    break  # torch's own check below says so
-                names = [self._names[parameter] for parameter in here["params"]]
-                check_saved(here["algorithm"], names, here["params"], entries)
-                pending.update(zip(here["params"], entries, strict=True))
+        lengths = [len(group["params"]) for group in self.param_groups]
+        if lengths == [len(group["params"]) for group in state_dict["param_groups"]]:
+            self._keeper.load(self.param_groups, self._names, state_dict)
+        # torch refuses other groups, and takes the hyperparameters; its own loading of state would
+        # cast momentum to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
-        self._pending = pending
-        if self._engine is not None:
-            self._take_pending(self._engine)
+        self._keeper.deliver(self._buckets())
 
     def _specify(self) -> list[BucketSpec]:
         if self._engine is not None:
@@ -382,14 +379,11 @@ class Muon(torch.optim.Optimizer):
 
     def _open(self, options: Sequence[GroupOptions]) -> Engine:
         self._engine = Engine(self._specify(), options, self._policy, self._communicator)
-        self._take_pending(self._engine)
+        self._keeper.deliver(self._engine.buckets)
         return self._engine
 
-    def _take_pending(self, engine: Engine) -> None:
-        if self._pending:
-            for bucket in engine.buckets:
-                load_full_state(bucket, self._pending)
-            self._pending = {}
+    def _buckets(self) -> Sequence[Bucket]:
+        return self._engine.buckets if self._engine is not None else ()
 
 
 def _numel(specs: Sequence[BucketSpec], algorithm: Algorithm) -> int:

@@ -2,16 +2,120 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from distmuon.buckets import STATE_NAMES, Bucket
+from distmuon.collectives import Communicator
 from distmuon.options import Algorithm
 from distmuon.shard import Shard
 
 WholeState = Mapping[str, Any]
+
+
+class StateKeeper:
+    """Whole state on its way in or out: loaded before there are buffers, or gathered for saving."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        """Keep nothing yet.
+
+        Args:
+            communicator: The group that state is sharded over.
+        """
+        self._communicator = communicator
+        self._loaded: Mapping[Tensor, WholeState] = {}
+        self._gathered: Mapping[Tensor, WholeState] | None = None
+        self._gathered_to: int | None = None
+
+    def consolidate(self, buckets: Sequence[Bucket], *, to: int) -> None:
+        """Gather the state of all buckets on one rank. A collective.
+
+        Args:
+            buckets: Where the state is.
+            to: The rank that receives.
+
+        Raises:
+            ValueError: if `to` is not a rank.
+        """
+        if not 0 <= to < self._communicator.world_size:
+            raise ValueError(f"Invalid {to=}. Must be in [0, {self._communicator.world_size}).")
+        state: dict[Tensor, WholeState] = {}
+        for bucket in buckets:
+            state.update(gather_full_state(bucket, self._communicator, to=to))
+        self._gathered_to = to
+        self._gathered = state if self._communicator.rank == to else None
+
+    def forget_gathered(self) -> None:
+        """What was gathered is no longer the state."""
+        self._gathered, self._gathered_to = None, None
+
+    def whole(self, buckets: Sequence[Bucket]) -> Mapping[Tensor, WholeState]:
+        """State of every parameter. Never a collective.
+
+        Args:
+            buckets: Where the state is; none before the first step.
+
+        Returns:
+            For each parameter its state.
+
+        Raises:
+            RuntimeError: if this rank has only its part.
+        """
+        world_size = self._communicator.world_size
+        if not buckets:
+            return self._loaded
+        if world_size == 1:
+            return {p: state for bucket in buckets for p, state in full_state(bucket).items()}
+        if self._gathered is not None:
+            return self._gathered
+        where = "" if self._gathered_to is None else f"Rank {self._gathered_to} has the whole. "
+        raise RuntimeError(
+            f"This rank holds 1/{world_size} of the optimizer state, and state_dict() does not "
+            f"communicate: saved as it is, the other shards would be lost. {where}Call "
+            "consolidate_state_dict(to=0) on every rank after the step, then state_dict() on rank "
+            "0 alone."
+        )
+
+    def load(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        names: Mapping[Tensor, str],
+        saved: Mapping[str, Any],
+    ) -> None:
+        """Check a whole state dictionary and keep it until there are buffers.
+
+        Args:
+            groups: `param_groups`.
+            names: FQN of each parameter.
+            saved: From `state_dict`, of the same groups.
+
+        Raises:
+            ValueError: for state that is partial, foreign or misshaped.
+        """
+        loaded: dict[Tensor, WholeState] = {}
+        if saved["state"]:
+            for here, there in zip(groups, saved["param_groups"], strict=True):
+                entries = [saved["state"].get(key) for key in there["params"]]
+                fqns = [names[parameter] for parameter in here["params"]]
+                check_saved(here["algorithm"], fqns, here["params"], entries)
+                # Copies: another optimizer's dictionary holds the tensors that it goes on updating.
+                loaded.update(zip(here["params"], map(copy.deepcopy, entries), strict=True))
+        self._loaded = loaded
+        self.forget_gathered()
+
+    def deliver(self, buckets: Sequence[Bucket]) -> None:
+        """Put what was loaded into the buffers.
+
+        Args:
+            buckets: Where the state goes; none before the first step, when it is kept.
+        """
+        if self._loaded and buckets:
+            for bucket in buckets:
+                load_full_state(bucket, self._loaded)
+            self._loaded = {}
 
 
 def full_state(bucket: Bucket) -> dict[Tensor, dict[str, Any]]:
@@ -24,17 +128,29 @@ def full_state(bucket: Bucket) -> dict[Tensor, dict[str, Any]]:
         For each parameter its number of updates, "step", and its state tensors in its own shape:
         views of the bucket's buffers.
     """
-    shard = bucket.shard
-    tensors = _tensors(shard)
-    rows = zip(shard.parameters, shard.layout.specs, shard.layout.offsets, shard.steps, strict=True)
-    return {
-        parameter: {"step": step}
-        | {
-            name: tensor[offset : offset + spec.numel].view(spec.shape)
-            for name, tensor in tensors.items()
-        }
-        for parameter, spec, offset, step in rows
+    return _by_parameter(bucket, _tensors(bucket.shard))
+
+
+def gather_full_state(
+    bucket: Bucket, communicator: Communicator, *, to: int
+) -> dict[Tensor, dict[str, Any]]:
+    """State of each parameter of a sharded bucket, on one rank. A collective.
+
+    Args:
+        bucket: The bucket.
+        communicator: The group it is sharded over.
+        to: The rank that receives.
+
+    Returns:
+        As `full_state`, in host memory and of its own; empty on the other ranks.
+    """
+    gathered = {
+        name: communicator.gather(tensor, to=to) for name, tensor in _tensors(bucket.shard).items()
     }
+    if communicator.rank != to:
+        return {}
+    whole = {name: tensor.cpu() for name, tensor in gathered.items() if tensor is not None}
+    return _by_parameter(bucket, whole)
 
 
 def load_full_state(bucket: Bucket, saved: Mapping[Tensor, WholeState]) -> None:
@@ -45,7 +161,7 @@ def load_full_state(bucket: Bucket, saved: Mapping[Tensor, WholeState]) -> None:
         saved: Checked by `check_saved`.
     """
     shard = bucket.shard
-    shard.steps = [int(saved[parameter]["step"]) for parameter in shard.parameters]
+    shard.steps = [int(saved[parameter].get("step", 0)) for parameter in shard.parameters]
     for name, tensor in _tensors(shard).items():
         for segment in shard.segments:
             whole = saved[shard.parameters[segment.tensor]].get(name)
@@ -68,7 +184,8 @@ def check_saved(
     Raises:
         ValueError: naming the parameter, what was expected and what was found.
     """
-    wanted = ("step", *STATE_NAMES[algorithm])
+    # Muon's rule does not depend on the number of the step, and torch.optim.Muon saves none.
+    wanted = STATE_NAMES[algorithm] if algorithm == "muon" else ("step", *STATE_NAMES[algorithm])
     for name, parameter, entry in zip(names, parameters, saved, strict=True):
         found = sorted(entry) if isinstance(entry, Mapping) else []
         if any(key not in found for key in wanted):
@@ -84,6 +201,19 @@ def check_saved(
                     f"The saved {key} of {name} is {shape}. Must be a tensor of shape "
                     f"{list(parameter.shape)}."
                 )
+
+
+def _by_parameter(bucket: Bucket, flat: Mapping[str, Tensor]) -> dict[Tensor, dict[str, Any]]:
+    shard = bucket.shard
+    rows = zip(shard.parameters, shard.layout.specs, shard.layout.offsets, shard.steps, strict=True)
+    return {
+        parameter: {"step": step}
+        | {
+            name: tensor[offset : offset + spec.numel].view(spec.shape)
+            for name, tensor in flat.items()
+        }
+        for parameter, spec, offset, step in rows
+    }
 
 
 def _tensors(shard: Shard) -> dict[str, Tensor]:

@@ -306,6 +306,79 @@ def save_on_rank_zero() -> str:
 def test_i6_state_dict_is_no_collective_and_refuses_to_return_one_shard() -> None:
     message = run_ranks(2, save_on_rank_zero)[0]
     assert "holds 1/2 of the optimizer state" in message
+    assert "consolidate_state_dict(to=0)" in message
+
+
+def consolidate(dtype: torch.dtype, to: int) -> tuple[Any, dict[str, Tensor], str]:
+    weights, optimizer = train(RAGGED, dtype, dist.group.WORLD, steps=3)
+    optimizer.consolidate_state_dict(to=to)
+    saved, message = None, ""
+    if dist.get_rank() == to:
+        saved = optimizer.state_dict()
+    try:
+        if dist.get_rank() != to:
+            optimizer.state_dict()
+    except RuntimeError as error:
+        message = str(error)
+    return saved, weights, message
+
+
+def continue_from(
+    saved: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, process_group: Any
+) -> dict[str, Tensor]:
+    model, optimizer = build(RAGGED, dtype, process_group)
+    for name, parameter in model.items():
+        parameter.data.copy_(weights[name])
+    optimizer.load_state_dict(saved)
+    return step_with_ones(model, optimizer)
+
+
+def continue_on_rank(
+    saved: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return continue_from(saved, weights, dtype, dist.group.WORLD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("before", "after", "to"), [(2, 1, 0), (3, 4, 2), (4, 2, 1)])
+def test_i6_consolidated_state_continues_bitwise_on_other_ranks(
+    before: int, after: int, to: int, dtype: torch.dtype
+) -> None:
+    model, optimizer = build(RAGGED, dtype, None)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        for parameter in model.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+        optimizer.step()
+    expected = step_with_ones(model, optimizer)
+    outcome = run_ranks(before, consolidate, dtype, to)
+    saved, weights, _ = outcome[to]
+    assert saved["param_groups"][0]["param_names"] == ["wide", "row", "column"]
+    assert saved["state"][0]["momentum_buffer"].shape == RAGGED["wide"]
+    assert all(
+        f"Rank {to} has the whole" in said for r, (_, _, said) in enumerate(outcome) if r != to
+    )
+    if after == 1:
+        assert_same_bits([continue_from(saved, weights, dtype, None)], expected)
+    else:
+        results = run_ranks(after, continue_on_rank, saved, weights, dtype)
+        assert_same_bits(results, expected)
+
+
+def stale() -> str:
+    model, optimizer = build(TWO_MATRICES, torch.float32, dist.group.WORLD)
+    step_with_ones(model, optimizer)
+    optimizer.consolidate_state_dict()
+    step_with_ones(model, optimizer)
+    try:
+        optimizer.state_dict()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_i6_consolidated_state_is_not_returned_after_another_step() -> None:
+    assert all("holds 1/2 of the optimizer state" in said for said in run_ranks(2, stale))
 
 
 def resume(saved: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:

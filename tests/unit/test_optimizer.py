@@ -407,6 +407,27 @@ def test_state_dict_survives_a_round_trip_before_the_first_step() -> None:
     assert optimizer.report().newton_schulz_calls == 2
 
 
+def test_state_of_torch_muon_continues_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
+    theirs, ours = parameters(*SHAPES), parameters(*SHAPES)
+    reference = torch.optim.Muon(theirs, lr=1e-2, adjust_lr_fn="match_rms_adamw")
+    mine = Muon(ours, lr=1e-2)
+    for step in range(3):
+        give_gradients(theirs, step)
+        reference.step()
+    for mine_p, their_p in zip(ours, theirs, strict=True):
+        mine_p.data.copy_(their_p.data)
+    state = reference.state_dict()["state"]
+    mine.load_state_dict({"state": state, "param_groups": mine.state_dict()["param_groups"]})
+    give_gradients(theirs, 9)
+    give_gradients(ours, 9)
+    before = [p.detach().clone() for p in theirs]
+    reference.step()
+    mine.step()
+    for mine_p, their_p, start in zip(ours, theirs, before, strict=True):
+        assert (mine_p - their_p).norm() < 1e-4 * (their_p - start).norm()
+
+
 @pytest.mark.parametrize("damage", ["missing", "foreign", "shape"])
 def test_partial_or_foreign_state_is_refused_by_name(damage: str) -> None:
     params, optimizer = fresh()
