@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import statistics
 import subprocess
@@ -171,6 +172,9 @@ def _rank(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
             taken = _one_step(case, x)
             if repeat >= options.warmup:
                 times[name].append(taken)
+    # [Note: teardown] in distmuon/training/world.py: no DDP wrapper may outlive the group.
+    del cases, case
+    gc.collect()
     everyone: list[Any] = [None] * options.ranks
     dist.all_gather_object(everyone, times)
     if rank == 0:

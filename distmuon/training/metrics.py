@@ -1,0 +1,114 @@
+"""What is measured during training, and the file it goes to."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`. Averages run over the steps since the line before.
+
+    Attributes:
+        step: optimizer steps done.
+        loss: mean training loss over those steps and all ranks, nats per byte.
+        val_loss: validation loss in nats per byte, None where there was no validation.
+        lr: peak-scaled learning rate of this step.
+        grad_norm: gradient norm of this step before clipping.
+        tokens_per_s: bytes trained on per second, all ranks together, validation not counted.
+        optimizer_ms: mean time of one optimizer step in milliseconds, on rank 0.
+        elapsed_s: seconds since the first step began, validation included.
+    """
+
+    step: int
+    loss: float
+    val_loss: float | None
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    optimizer_ms: float
+    elapsed_s: float
+
+
+@dataclass(slots=True)
+class Interval:
+    """Sums over the steps since the last line of metrics.
+
+    Attributes:
+        steps: how many.
+        loss: sum of their losses.
+        optimizer_s: seconds spent in the optimizer.
+        train_s: seconds spent in whole steps.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    optimizer_s: float = 0.0
+    train_s: float = 0.0
+
+    def add(self, *, loss: float, optimizer_s: float, train_s: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.loss += loss
+        self.optimizer_s += optimizer_s
+        self.train_s += train_s
+
+
+@dataclass(slots=True)
+class MetricsLog:
+    """Writes metrics to a file line by line, and keeps them for the plot.
+
+    Attributes:
+        path: the JSON Lines file.
+        lines: everything written so far.
+    """
+
+    path: Path
+    lines: list[StepMetrics] = field(default_factory=list)
+    _file: TextIO | None = None
+
+    def __enter__(self) -> MetricsLog:
+        """Open the file."""
+        self._file = self.path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one line; it is in the file when this returns, so a killed run keeps it."""
+        assert self._file is not None
+        self.lines.append(metrics)
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Read a `metrics.jsonl` file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [StepMetrics(**json.loads(line)) for line in lines]
+
+
+class Stopwatch:
+    """Seconds since it was made or last asked."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap and start the next."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds

@@ -1,0 +1,144 @@
+"""What a run says about itself at its start and at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from distmuon import Muon
+from distmuon.report import Report
+from distmuon.training.config import Config
+from distmuon.training.metrics import StepMetrics
+from distmuon.training.optimizers import state_bytes
+from distmuon.training.progress import format_seconds
+from distmuon.training.run_folder import RunFolder
+from distmuon.training.sample import generate
+from distmuon.training.trainer import Trainer
+from distmuon.training.world import World
+
+# Above this many ranks only the smallest and the largest are shown.
+RANKS_SHOWN = 4
+OPTIMIZER_NAMES = {"muon": "Muon (matrices) and AdamW (the rest)", "adamw": "AdamW"}
+
+
+def describe_start(trainer: Trainer, folder: RunFolder) -> str:
+    """Name the text, the model, the ranks and the folder."""
+    config, corpus, world = trainer.config, trainer.corpus, trainer.world
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return "\n".join(
+        (
+            f"text       {corpus.origin}: {corpus.train.numel():,} bytes to train on, "
+            f"{corpus.val.numel():,} held out",
+            f"model      {count:,} parameters: {config.model.layers} layers, "
+            f"dim {config.model.dim}, {config.model.heads} heads, context {config.data.context}",
+            f"ranks      {world.size} on {world.device.type}, "
+            f"{config.train.batch} windows per step in all",
+            f"optimizer  {_optimizer_name(config, world)}, lr {config.optimizer.lr:g}",
+            f"folder     {folder.path}",
+        )
+    )
+
+
+def describe_loss(last: StepMetrics, *, seconds: float) -> str:
+    """State the validation loss of the last step."""
+    assert last.val_loss is not None
+    bits = last.val_loss / math.log(2.0)
+    return (
+        f"\nvalidation loss {last.val_loss:.4f} nats per byte ({bits:.3f} bits per byte) after "
+        f"{last.step} steps in {format_seconds(seconds)}"
+    )
+
+
+def describe_sample(trainer: Trainer) -> str:
+    """Let the model write."""
+    config = trainer.config.sample
+    if config.length == 0:
+        return ""
+    text = generate(trainer.model, config, seed=trainer.config.run.seed)
+    return (
+        f"\nsample of {config.length} bytes after the prompt {config.prompt!r}, "
+        f"temperature {config.temperature:g}:\n{text.strip()}\n"
+    )
+
+
+def describe_files(folder: RunFolder) -> str:
+    """Say where the files are."""
+    files = (folder.config, folder.metrics, folder.plot, folder.weights)
+    return f"\nwritten to {folder.path}: {', '.join(file.name for file in files)}"
+
+
+def describe_optimizer(optimizer: Optimizer, config: Config, world: World) -> str:
+    """Tell what the optimizer did, over all ranks. A collective.
+
+    Raises:
+        RuntimeError: if a matrix was not orthogonalized exactly once per step.
+    """
+    name = _optimizer_name(config, world)
+    if not isinstance(optimizer, Muon):
+        held = [row[0] for row in world.collect([state_bytes(optimizer)])]
+        return f"{name}\n  state per rank    {_per_rank(held)}"
+    return f"{name}\n{_describe_muon(optimizer.report(), world)}"
+
+
+def _describe_muon(report: Report, world: World) -> str:
+    kinds = sorted(report.bytes_sent)
+    rows = world.collect(
+        [
+            report.matrices_owned,
+            report.newton_schulz_calls,
+            report.newton_schulz_expected,
+            report.state_bytes,
+            *(report.bytes_sent[kind] for kind in kinds),
+        ]
+    )
+    owned, calls, expected, held, *sent = (list(column) for column in zip(*rows, strict=True))
+    should = report.matrices * report.steps
+    if not (sum(owned) == report.matrices and sum(calls) == sum(expected) == should):
+        raise RuntimeError(
+            f"{report.matrices} matrices x {report.steps} steps need {should} orthogonalizations. "
+            f"Owned by rank: {owned}; expected by rank: {expected}; done by rank: {calls}."
+        )
+    per_step = (
+        f"{kind} {format_bytes(sum(counts) / max(report.steps, 1))}"
+        for kind, counts in zip(kinds, sent, strict=True)
+    )
+    elements = report.muon_parameters + report.adamw_parameters
+    return "\n".join(
+        (
+            f"  matrices          {sum(owned)} of {report.matrices} orthogonalized every step, "
+            f"each by one rank ({_per_rank(owned, unit='matrices')})",
+            f"  Newton-Schulz     {sum(calls):,} calls of {sum(expected):,} expected, "
+            f"over {report.steps:,} steps and {world.size} rank{'s' if world.size > 1 else ''}",
+            f"  elements          {report.muon_parameters:,} of {elements:,} by Muon, "
+            f"{report.adamw_parameters:,} by AdamW",
+            f"  sent per step     {', '.join(per_step) or 'nothing'} (all ranks together)",
+            f"  state per rank    {_per_rank(held)}",
+        )
+    )
+
+
+def _optimizer_name(config: Config, world: World) -> str:
+    name = OPTIMIZER_NAMES[config.optimizer.name]
+    return f"{name} under ZeRO-1 on {world.size} ranks" if world.size > 1 else name
+
+
+def _per_rank(counts: Sequence[int], *, unit: str = "bytes") -> str:
+    shown = [format_bytes(count) if unit == "bytes" else str(count) for count in counts]
+    if len(counts) > RANKS_SHOWN:
+        low, high = min(counts), max(counts)
+        if low == high:
+            return f"{shown[0]} on each of {len(counts)} ranks"
+        lowest, highest = shown[counts.index(low)], shown[counts.index(high)]
+        return f"{lowest} to {highest} on {len(counts)} ranks"
+    return ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(shown))
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes with a decimal unit, such as 1.25 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,173 @@
+"""One training step, and one validation, on this rank's part of the work."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from distmuon.training.config import Config, check_batch
+from distmuon.training.data import Corpus, read_windows, train_starts, val_starts
+from distmuon.training.model import Transformer
+from distmuon.training.optimizers import build_optimizer, build_schedule
+from distmuon.training.world import World
+
+VAL_BATCH = 64
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became infinite or NaN. Every rank raises it at the same step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step measured.
+
+    Attributes:
+        loss: mean over the windows of all ranks, nats per byte.
+        grad_norm: before clipping.
+        lr: that the step used.
+        optimizer_s: seconds in `optimizer.step`.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    optimizer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """Everything that a step touches.
+
+    Attributes:
+        config: of the run.
+        world: this rank.
+        corpus: the text.
+        model: the bare model.
+        wrapped: the model that averages gradients over the ranks in backward.
+        optimizer: Muon or AdamW.
+        schedule: of its learning rates.
+    """
+
+    config: Config
+    world: World
+    corpus: Corpus
+    model: Transformer
+    wrapped: nn.Module
+    optimizer: Optimizer
+    schedule: LambdaLR
+
+    def step(self, step: int) -> StepResult:
+        """Forward, backward, clip, update.
+
+        Args:
+            step: from 0; decides which windows are drawn.
+
+        Raises:
+            NonFiniteError: on all ranks, before the weights are touched.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(step)
+        config = self.config.train
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        grad_norm = float(norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(
+                f"Step {step + 1}: loss {loss}, gradient norm {grad_norm} on rank "
+                f"{self.world.rank}. The weights are those of step {step}. "
+                "Try a smaller optimizer.lr or a longer train.warmup."
+            )
+        lr = self.schedule.get_last_lr()[0]
+        began = time.perf_counter()
+        self.optimizer.step()
+        self.world.synchronize()
+        optimizer_s = time.perf_counter() - began
+        self.schedule.step()
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=float(lr), optimizer_s=optimizer_s)
+
+    def _backward(self, step: int) -> float:
+        """Leave the averaged gradient in the model; return the mean loss of all ranks."""
+        passes = self.config.train.accumulation
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for number, starts in enumerate(self._rank_starts(step)):
+            inputs, targets = self._windows(self.corpus.train, starts)
+            with self._averaging("now" if number == passes - 1 else "later"):
+                loss = self._loss(self.wrapped, inputs, targets) / passes
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return self.world.sum([float(total)])[0] / self.world.size
+
+    def _rank_starts(self, step: int) -> list[list[int]]:
+        """Return this rank's windows of a step, one list per forward pass."""
+        train = self.config.train
+        size = check_batch(train, self.world.size)
+        starts = train_starts(
+            self.corpus.train.numel(),
+            context=self.config.data.context,
+            batch=train.batch,
+            seed=self.config.run.seed,
+            step=step,
+        )
+        mine = starts[self.world.rank * size * train.accumulation :]
+        return [mine[size * index : size * (index + 1)] for index in range(train.accumulation)]
+
+    def _averaging(self, when: str) -> AbstractContextManager[None]:
+        """Let DDP average gradients only in the last backward pass of a step."""
+        if when == "later" and isinstance(self.wrapped, DistributedDataParallel):
+            waiting: AbstractContextManager[None] = self.wrapped.no_sync()
+            return waiting
+        return nullcontext()
+
+    def _windows(self, text: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
+        inputs, targets = read_windows(text, starts, self.config.data.context)
+        return inputs.to(self.world.device), targets.to(self.world.device)
+
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy in nats per byte."""
+        low = self.config.train.precision == "bfloat16"
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=low):
+            logits = model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Compute the mean loss over the fixed validation windows, each on one rank.
+
+        The windows do not depend on the world size, so neither does the loss, beyond rounding.
+        """
+        data = self.config.data
+        starts = val_starts(self.corpus.val.numel(), context=data.context, windows=data.val_windows)
+        mine = starts[self.world.rank :: self.world.size]
+        total = 0.0
+        for begin in range(0, len(mine), VAL_BATCH):
+            batch = mine[begin : begin + VAL_BATCH]
+            inputs, targets = self._windows(self.corpus.val, batch)
+            total += float(self._loss(self.model, inputs, targets)) * len(batch)
+        return self.world.sum([total])[0] / len(starts)
+
+
+def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
+    """Build model, optimizer and schedule; equal on all ranks because the seed is.
+
+    Raises:
+        ConfigError: for a batch that does not divide, or a value that the optimizer refuses.
+    """
+    check_batch(config.train, world.size)
+    torch.manual_seed(config.run.seed)
+    model = Transformer(config.model, context=config.data.context).to(world.device)
+    wrapped: nn.Module = model
+    if world.group is not None:
+        devices = [world.device] if world.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices, process_group=world.group)
+    optimizer = build_optimizer(model, config.optimizer, world)
+    schedule = build_schedule(optimizer, config.train)
+    return Trainer(config, world, corpus, model, wrapped, optimizer, schedule)

@@ -1,0 +1,106 @@
+"""The processes of a run: one process group over all of them, or none for a single process.
+
+[Note: teardown]
+DDP's C++ reducer holds a reference to the process group. If it is the last one, Python frees the
+group while it holds the interpreter lock; the group then joins gloo's threads, and one of them may
+wait for that lock to free the tensors of the last collective: the rank hangs at its very end (seen
+with torch 2.13 on a busy machine). When Python itself drops the last reference the lock is given
+up first. So every DDP wrapper must be gone before `destroy_process_group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from distmuon.training.config import ConfigError, Launch, RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        device: where its model lives.
+        group: process group over all ranks, or None for a single process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add up some numbers over the ranks, in double precision. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return [float(value) for value in tensor.tolist()]
+
+    def collect(self, values: Sequence[int]) -> list[list[int]]:
+        """Gather some integers from every rank, in the order of ranks. A collective."""
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        if self.group is None:
+            return [tensor.tolist()]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor, group=self.group)
+        return [part.tolist() for part in parts]
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock reads what the device really did."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def join_world(config: RunConfig, launch: Launch) -> Iterator[World]:
+    """Join the process group that the launcher prepared, and leave it at the end.
+
+    Args:
+        config: device and timeout.
+        launch: rank and world size.
+
+    Yields:
+        This process's place. Without torchrun, or with one process, there is no process group.
+
+    Raises:
+        ConfigError: if CUDA is asked for and missing, or has fewer devices than local ranks.
+    """
+    device = _choose_device(config.device, launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif launch.threads == "unset" and launch.local_world_size > 1:
+        # Every rank would take all cores otherwise; torchrun itself sets OMP_NUM_THREADS=1.
+        torch.set_num_threads(1)
+    if launch.world_size == 1:
+        yield World(0, 1, device, None)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+    yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+    # Not after an exception: other ranks may be inside a collective, and nccl would wait for them.
+    dist.destroy_process_group()
+
+
+def _choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ConfigError("run.device=cuda, but torch sees no CUDA device.", key="run.device")
+    if launch.local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{launch.local_world_size} ranks on this machine, but torch sees "
+            f"{torch.cuda.device_count()} CUDA devices. Start one rank per device, or set "
+            "run.device=cpu.",
+            key="run.device",
+        )
+    return torch.device("cuda", launch.local_rank)

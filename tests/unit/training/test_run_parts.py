@@ -1,0 +1,253 @@
+"""Schedule, run folder, metrics, picture and one whole run in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from distmuon.training.config import Config, ConfigError, Launch, TrainConfig
+from distmuon.training.config_file import load_config
+from distmuon.training.data import load_corpus
+from distmuon.training.loop import run_training
+from distmuon.training.metrics import MetricsLog, StepMetrics, read_metrics
+from distmuon.training.model import Transformer
+from distmuon.training.optimizers import build_optimizer, lr_scale, state_bytes
+from distmuon.training.plot import plot_losses
+from distmuon.training.progress import BarProgress, PlainProgress, format_seconds, make_progress
+from distmuon.training.run_folder import create_run_folder
+from distmuon.training.summary import format_bytes
+from distmuon.training.trainer import NonFiniteError, Trainer, build_trainer
+from distmuon.training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def tiny(*overrides: str) -> Config:
+    return load_config(ROOT / "configs/tiny.yaml", ["train.steps=4", *overrides])
+
+
+def trainer(*overrides: str) -> Trainer:
+    config = tiny(*overrides)
+    return build_trainer(config, load_corpus(config.data), ALONE)
+
+
+def metrics(step: int, loss: float = 2.0, val_loss: float | None = None) -> StepMetrics:
+    return StepMetrics(step, loss, val_loss, 1e-3, 0.5, 1000.0, 2.5, 10.0 * step)
+
+
+def test_the_schedule_rises_peaks_and_ends_where_it_should() -> None:
+    train = TrainConfig(steps=100, warmup=0.1, final_lr=0.2)
+    scales = [lr_scale(step, train) for step in range(100)]
+    assert scales[0] == pytest.approx(0.1)
+    assert scales[9] == 1.0
+    assert scales[99] == pytest.approx(0.2)
+    assert all(a < b for a, b in pairwise(scales[:10]))
+    assert all(a > b for a, b in pairwise(scales[9:]))
+    middle = scales[54]  # halfway down the cosine
+    assert middle == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_schedule_of_a_short_run_is_finite(steps: int) -> None:
+    train = TrainConfig(steps=steps, warmup=0.5)
+    assert all(0.0 < lr_scale(step, train) <= 1.0 for step in range(steps + 1))
+
+
+def test_a_folder_is_never_written_into_twice(tmp_path: Path) -> None:
+    config = load_config(None, [f"run.dir={tmp_path / 'a' / 'b'}", "run.name=x"])
+    folders = [create_run_folder(config).path.name for _ in range(3)]
+    assert folders == ["x", "x-2", "x-3"]
+    assert load_config(tmp_path / "a/b/x/config.yaml") == config
+
+
+def test_replacing_removes_the_files_of_a_run_and_no_others(tmp_path: Path) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", "run.name=x", "run.if_exists=replace"])
+    folder = create_run_folder(config)
+    for file in (folder.metrics, folder.plot, folder.weights, folder.path / "notes.txt"):
+        file.write_text("old")
+    assert create_run_folder(config).path == folder.path
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = load_config(None, [f"run.dir={tmp_path / 'file' / 'runs'}"])
+    with pytest.raises(ConfigError, match=r"run\.dir=.*cannot write a run here"):
+        create_run_folder(config)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_saved_weights_load_into_a_new_model(tmp_path: Path, head: str) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", f"model.head={head}"])
+    model = Transformer(config.model, context=8)
+    folder = create_run_folder(config)
+    folder.save_weights(model)
+    saved = load_file(folder.weights)
+    assert set(saved) == {name for name, _ in model.named_parameters()}
+    torch.manual_seed(99)
+    other = Transformer(config.model, context=8)
+    other.load_state_dict(saved, strict=head == "untied")
+    tokens = torch.arange(8)[None]
+    assert torch.equal(model(tokens), other(tokens))
+
+
+def test_saved_weights_hold_no_more_than_the_weights(tmp_path: Path) -> None:
+    # Muon makes every parameter a view of one flat buffer; a file must not hold the buffer.
+    run = trainer()
+    run.step(0)
+    folder = create_run_folder(load_config(None, [f"run.dir={tmp_path}"]))
+    folder.save_weights(run.model)
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    assert 4 * count < folder.weights.stat().st_size < 4 * count + 4096
+
+
+def test_metrics_are_in_the_file_at_once_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write(metrics(1))
+        log.write(metrics(2, val_loss=1.5))
+        # Before the file is closed: a killed run keeps its lines.
+        assert read_metrics(path) == [metrics(1), metrics(2, val_loss=1.5)]
+    assert json.loads(path.read_text().splitlines()[0])["val_loss"] is None
+
+
+def test_the_picture_is_a_png_even_for_one_point(tmp_path: Path) -> None:
+    path = tmp_path / "loss.png"
+    plot_losses([metrics(1, val_loss=2.0)], path, title="one")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plain_lines_hold_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    with make_progress(steps=200, output="plain") as view:
+        assert isinstance(view, PlainProgress)
+        view.advance()
+        view.show(metrics(50, loss=2.345, val_loss=1.25))
+    line = capsys.readouterr().out
+    assert line == (
+        "step  50/200  loss 2.3450  val 1.2500  lr 1.00e-03  1,000 tokens/s  "
+        "optimizer 2.5 ms  eta 25:00\n"
+    )
+
+
+def test_a_terminal_gets_a_bar_unless_lines_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(make_progress(steps=3, output="terminal"), BarProgress)
+    assert isinstance(make_progress(steps=3, output="plain"), PlainProgress)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (65.0, "1:05"), (3665.0, "1:01:05"), (59.9, "1:00")]
+)
+def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1250, "1.25 kB"), (3e12, "3.00 TB")]
+)
+def test_bytes_get_a_readable_unit(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_accumulated_passes_give_the_step_of_one_pass(name: str) -> None:
+    whole = trainer("train.batch=6", f"optimizer.name={name}")
+    parts = trainer("train.batch=6", "train.accumulation=3", f"optimizer.name={name}")
+    for step in range(2):
+        first, second = whole.step(step), parts.step(step)
+        assert first.loss == pytest.approx(second.loss, rel=1e-5)
+        assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-4)
+    assert whole.validate() == pytest.approx(parts.validate(), rel=1e-4)
+
+
+def test_both_optimizers_decay_the_same_parameters() -> None:
+    decays = {}
+    for name in ("muon", "adamw"):
+        config = tiny(f"optimizer.name={name}", "optimizer.weight_decay=0.3")
+        model = Transformer(config.model, context=8)
+        names = {parameter: fqn for fqn, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, config.optimizer, ALONE)
+        decays[name] = {
+            names[parameter]: group["weight_decay"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+    assert decays["muon"] == decays["adamw"]
+    assert decays["muon"]["norm.weight"] == 0.0
+    assert decays["muon"]["layers.0.mlp.up_proj.weight"] == 0.3
+
+
+def test_state_bytes_counts_both_averages_of_adamw() -> None:
+    parameter = nn.Parameter(torch.zeros(10, 10))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert 800 <= state_bytes(optimizer) <= 816  # two float32 tensors and a step count
+
+
+def test_an_option_that_the_optimizer_refuses_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer: .*kellner"):
+        trainer("optimizer.ns_coefficients=kellner")
+
+
+def test_clipping_bounds_the_gradient_and_reports_it_unclipped() -> None:
+    clipped = trainer("train.clip=0.01", "optimizer.name=adamw")
+    free = trainer("train.clip=0", "optimizer.name=adamw")
+    assert clipped.step(0).grad_norm == free.step(0).grad_norm > 0.01
+    total = torch.nn.utils.get_total_norm([p.grad for p in clipped.model.parameters()])  # type: ignore[misc]
+    assert float(total) == pytest.approx(0.01, rel=1e-3)
+    total = torch.nn.utils.get_total_norm([p.grad for p in free.model.parameters()])  # type: ignore[misc]
+    assert float(total) > 0.1
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(name: str) -> None:
+    run = trainer(f"optimizer.name={name}")
+    run.step(0)
+    with torch.no_grad():
+        run.model.lm_head.weight[0, 0] = math.inf
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"Step 2: loss (nan|inf)"):
+        run.step(1)
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_bfloat16_trains_in_float32_weights() -> None:
+    run = trainer("train.precision=bfloat16", "train.batch=2")
+    assert math.isfinite(run.step(0).loss)
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+def test_a_whole_run_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(f"run.dir={tmp_path}", "train.log_every=3", "train.eval_every=2")
+    run_training(config, Launch(output="plain"))
+    lines = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert [line.step for line in lines] == [1, 2, 3, 4]
+    assert [line.val_loss is None for line in lines] == [True, False, True, False]
+    assert [line.elapsed_s for line in lines] == sorted(line.elapsed_s for line in lines)
+    printed = capsys.readouterr().out
+    assert "6 of 6 orthogonalized every step" in printed
+    assert "24 calls of 24 expected" in printed
+    assert f"validation loss {lines[-1].val_loss:.4f}" in printed
+
+
+def test_the_bar_shows_every_figure_in_80_columns() -> None:
+    console = Console(width=80, force_terminal=True, record=True, file=io.StringIO())
+    with BarProgress(800, console) as bar:
+        for _ in range(333):
+            bar.advance()
+        bar.show(StepMetrics(330, 1.7151, None, 5.06e-3, 0.5, 124423.0, 122.6, 39.0))
+    shown = console.export_text()
+    assert "333/800" in shown
+    assert "loss 1.7151 lr 5.1e-03 124,423 tok/s optimizer 122.6 ms eta" in shown
