@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -59,7 +60,7 @@ def check_averaged(
     for name, *seen in zip(names, *everyone, strict=True):
         values = [value for value in seen if value is not None]
         if len(values) < len(seen) or not all(map(_finite, values)):
-            continue  # agree_on_gradients says what is wrong with these
+            continue  # `agree` says what is wrong with these
         if max(values) - min(values) > _AVERAGED_RTOL * max(values):
             raise RuntimeError(
                 f"The gradients of {name} differ between ranks: their norms are "
@@ -67,6 +68,23 @@ def check_averaged(
                 "group before step(): wrap the model in DistributedDataParallel, and leave its "
                 "no_sync() context for the last micro-batch."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one rank knows about its gradients before a step.
+
+    Attributes:
+        present: For each parameter whether this rank has a gradient.
+        nonfinite: The first parameter with a NaN or infinity in this rank's range, if any.
+        options: Description of the hyperparameters as they are now.
+        problem: What this rank cannot go on with, if anything.
+    """
+
+    present: list[bool]
+    nonfinite: str | None
+    options: str
+    problem: Exception | None
 
 
 class Verdict(NamedTuple):
@@ -81,22 +99,20 @@ class Verdict(NamedTuple):
     nonfinite: str | None
 
 
-def agree_on_gradients(
+def agree(
     communicator: Communicator,
     names: Sequence[str],
-    present: Sequence[bool],
-    nonfinite: str | None,
+    finding: Finding,
     *,
     missing_grad: MissingGrad,
     device: torch.device,
 ) -> Verdict:
-    """Agree on which parameters have a gradient, and that all gradients are finite.
+    """Agree, in one small all-reduce, on whether and how to step.
 
     Args:
         communicator: The group.
         names: FQN of each parameter.
-        present: Whether this rank has a gradient for it.
-        nonfinite: The first parameter with a NaN or infinity in this rank's range, if any.
+        finding: What this rank knows.
         missing_grad: What a gradient on some ranks only means: an error, or zeros on the others.
         device: Where the backend expects its tensors.
 
@@ -104,26 +120,69 @@ def agree_on_gradients(
         The same verdict on every rank.
 
     Raises:
-        RuntimeError: on every rank, if none has any gradient, or only some have one.
+        RuntimeError: on every rank, if hyperparameters differ, no rank has a gradient, only some
+            have one, or another rank has a problem.
+        Exception: this rank's own problem.
     """
-    counts = communicator.add_up([*map(int, present), int(nonfinite is not None)], device)
-    message = _name_nonfinite(communicator, nonfinite) if counts.pop() else None
-    world_size = communicator.world_size
-    partial = [i for i, count in enumerate(counts) if 0 < count < world_size]
-    if partial and missing_grad == "raise":
-        holders = communicator.collect([present[i] for i in partial])
-        without = [rank for rank, has in enumerate(holders) if not has[0]]
+    mark = int.from_bytes(digest([finding.options])[:3], "big")
+    found = [int(finding.nonfinite is not None), int(finding.problem is not None)]
+    counts = communicator.add_up([*map(int, finding.present), *found, mark, mark**2], device)
+    *counts, nonfinite, problems, marks, squares = counts
+    if problems:
+        _raise_problem(communicator, finding.problem)
+    # Equal numbers, and only those, reach Cauchy and Schwarz's bound.
+    if communicator.world_size * squares != marks**2:
+        _raise_options(communicator, finding.options)
+    message = _name_nonfinite(communicator, finding.nonfinite) if nonfinite else None
+    if missing_grad == "raise":
+        _refuse_partial(communicator, names, finding.present, counts)
+    if not any(counts):
+        raise RuntimeError(
+            "No parameter has a gradient. Call backward() before step(), and zero_grad() after it. "
+            "(load_state_dict(assign=True) replaces the Parameters that the optimizer knows.)"
+        )
+    return Verdict([count > 0 for count in counts], message)
+
+
+def _raise_problem(communicator: Communicator, problem: Exception | None) -> NoReturn:
+    said = communicator.collect(str(problem) if problem is not None else None)
+    if problem is not None:
+        raise problem
+    rank, message = next((r, text) for r, text in enumerate(said) if text is not None)
+    raise RuntimeError(f"Rank {rank} cannot step: {message}")
+
+
+def _raise_options(communicator: Communicator, options: str) -> NoReturn:
+    seen = communicator.collect(options)
+    other = next(rank for rank, text in enumerate(seen) if text != seen[0])
+    here, there = next(
+        pair
+        for pair in zip(seen[0].split(", "), seen[other].split(", "), strict=False)
+        if pair[0] != pair[1]
+    )
+    raise RuntimeError(
+        f"The hyperparameters differ between ranks: rank 0 has {here}, rank {other} has {there}. "
+        "Feed schedulers the same values on every rank (a loss averaged over the ranks, not each "
+        "rank's own)."
+    )
+
+
+def _refuse_partial(
+    communicator: Communicator,
+    names: Sequence[str],
+    present: Sequence[bool],
+    counts: Sequence[int],
+) -> None:
+    partial = [i for i, count in enumerate(counts) if 0 < count < communicator.world_size]
+    if partial:
+        holders = communicator.collect(present[partial[0]])
+        without = [rank for rank, has in enumerate(holders) if not has]
         raise RuntimeError(
             f"{names[partial[0]]} has a gradient on some ranks but not on ranks {without} "
             f"({len(partial)} parameters are so). Every rank must use the same parameters in its "
             "backward pass; DistributedDataParallel(find_unused_parameters=True) fills in zeros, "
             'and so does Muon(reduce="owned", missing_grad="zero").'
         )
-    if not any(counts):
-        raise RuntimeError(
-            "No parameter has a gradient. Call backward() before step(), and zero_grad() after it."
-        )
-    return Verdict([count > 0 for count in counts], message)
 
 
 def _name_nonfinite(communicator: Communicator, nonfinite: str | None) -> str:

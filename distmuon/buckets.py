@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from distmuon.collectives import Communicator
 from distmuon.exchange import Exchange
 from distmuon.layout import Layout, TensorSpec
-from distmuon.options import Algorithm
+from distmuon.options import Algorithm, GroupOptions
 from distmuon.ownership import Ownership, assign
 from distmuon.plan import ExchangePlan, build_plan, describe
 from distmuon.shard import Shard
+from distmuon.update_rules import adjust_lr_factor
 
 STATE_NAMES: dict[Algorithm, tuple[str, ...]] = {
     "muon": ("momentum_buffer",),
@@ -46,12 +48,28 @@ class BucketSpec:
         """FQNs in flat order."""
         return tuple(spec.name for spec in self.layout.specs)
 
-    def lines(self) -> list[str]:
-        """What every rank must have alike."""
-        owners = self.ownership.owners if self.ownership else (None,) * len(self.parameters)
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters, without alignment."""
+        return sum(spec.numel for spec in self.layout.specs)
+
+    def lines(self, options: Sequence[GroupOptions]) -> list[str]:
+        """What every rank must have alike.
+
+        Args:
+            options: Of each parameter group.
+        """
         first = self.parameters[0]
         head = f"{self.algorithm} parameters of {first.dtype} on {first.device.type}"
-        return [head, *describe(self.layout, owners)]
+        notes = [f"group {group}" for group in self.groups]
+        if self.ownership is not None:
+            rows = zip(notes, self.ownership.owners, self.layout.specs, self.groups, strict=True)
+            notes = [
+                f"{note}, owner {owner}, lr factor "
+                f"{adjust_lr_factor(options[group].adjust_lr_fn, *spec.shape[-2:])}"
+                for note, owner, spec, group in rows
+            ]
+        return [head, *describe(self.layout, notes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +148,26 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, wave_numel: int) -
         return Bucket(spec, shard, None, None)
     plan = build_plan(spec.ownership, rank, wave_numel=wave_numel)
     return Bucket(spec, shard, plan, Exchange(plan, communicator))
+
+
+def refuse_shared_storage(specs: Sequence[BucketSpec]) -> None:
+    """Refuse two Parameters over the same memory: the flat buffers would part them silently.
+
+    Args:
+        specs: All buckets.
+
+    Raises:
+        ValueError: naming both.
+    """
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for spec in specs
+        for name, p in zip(spec.names, spec.parameters, strict=True)
+        if p.is_contiguous()
+    )
+    for (device, _, end, name), (next_device, start, _, other) in pairwise(spans):
+        if device == next_device and start < end:
+            raise ValueError(
+                f"{name} and {other} are two Parameters over the same memory, which would part at "
+                "the first step. Tie weights by using one Parameter in both places."
+            )

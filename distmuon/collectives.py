@@ -47,7 +47,7 @@ class Pending:
 
 
 class Communicator:
-    """A process group, or the lack of one, behind four operations.
+    """A process group, or the lack of one, behind the few operations that distmuon needs.
 
     Without a process group, or with a single rank, every operation returns at once: one rank is
     the degenerate case of the same path, not a second one.
@@ -78,6 +78,11 @@ class Communicator:
         self.rank = 0 if process_group is None else process_group.rank()
         self.world_size = 1 if process_group is None else process_group.size()
         self.bytes_sent: Counter[str] = Counter()
+
+    def same_ranks(self, process_group: dist.ProcessGroup) -> bool:
+        """Whether another group consists of the same ranks."""
+        mine, other = (dist.get_process_group_ranks(g) for g in (self._group, process_group))
+        return sorted(mine) == sorted(other)
 
     def exchange(
         self, send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, kind: str
@@ -227,8 +232,10 @@ class Communicator:
             tensor: Any dtype; the same shape on every rank.
         """
         if self.world_size > 1:
-            whole = tensor.contiguous()  # gloo sends what is not contiguous as it lies in storage
-            dist.broadcast(whole, group=self._group, group_src=0)
+            # As bytes, because backends lack some dtypes; contiguous, because gloo sends anything
+            # else as it lies in storage.
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole.reshape(-1).view(torch.uint8), group=self._group, group_src=0)
             tensor.copy_(whole)
 
     def collect(self, value: Payload) -> list[Payload]:

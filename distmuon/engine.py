@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distmuon import agreement
-from distmuon.buckets import BucketSpec, open_bucket
+from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.collectives import Communicator
 from distmuon.desync import check_desync
 from distmuon.gradients import GradientNorms, GradientSource, gradient_norms, make_source
-from distmuon.options import GroupOptions, Policy
+from distmuon.options import GroupOptions, Policy, read_options
 from distmuon.steps import adamw_step, muon_step
 from distmuon.version import __version__
 
@@ -37,7 +38,7 @@ class Engine:
     def __init__(
         self,
         specs: Sequence[BucketSpec],
-        options: Sequence[GroupOptions],
+        groups: Sequence[Mapping[str, Any]],
         policy: Policy,
         communicator: Communicator,
     ) -> None:
@@ -45,18 +46,16 @@ class Engine:
 
         Args:
             specs: What goes into which buffer.
-            options: Of each parameter group.
+            groups: `param_groups`.
             policy: How the ranks work together.
             communicator: The group.
 
         Raises:
             RuntimeError: on every rank, if their setups differ; names the first difference.
+            ValueError: if two parameters share memory, or an option is out of range.
         """
-        versions = f"distmuon {__version__}, torch {torch.__version__}"
-        lines = [versions, str(policy), *map(str, options)]
-        for spec in specs:
-            lines += spec.lines()
-        agreement.check_same_setup(communicator, lines)
+        agreement.check_same_setup(communicator, _describe(specs, groups, policy))
+        refuse_shared_storage(specs)
         self._communicator = communicator
         self._policy = policy
         self.buckets = [open_bucket(spec, communicator, policy.wave_numel) for spec in specs]
@@ -64,43 +63,64 @@ class Engine:
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
         self.steps = self.skipped = self.calls = self.expected = self._skipped_in_a_row = 0
 
-    def step(self, options: Sequence[GroupOptions]) -> None:
+    def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Update every parameter that has a gradient, on all ranks together.
 
         Args:
-            options: Of each parameter group, as they are now.
+            groups: `param_groups`, as they are now.
 
         Raises:
-            RuntimeError: if ranks disagree about their gradients or their parameters, no
-                parameter has a gradient, or a matrix that had one was not orthogonalized.
+            RuntimeError: if ranks disagree about their gradients, parameters or hyperparameters,
+                no parameter has a gradient, or a matrix that had one was not orthogonalized.
             FloatingPointError: if a gradient is not finite and the policy says so.
         """
-        every = self._policy.check_desync_every
-        if every and self.steps % every == 0:
-            # Before the update: publishing it overwrites what other ranks hold of each range.
-            check_desync(self._communicator, self.buckets, self.steps)
-        present = self.source.present()
-        updates = self.source.read()
-        verdict = self._agree(present, updates)
+        self._check_parameters()
+        ready = self._prepare(groups)
+        verdict = self._agree(ready)
         self.source.clear()
         if verdict.nonfinite is not None:
             self._skip(verdict.nonfinite)
             return
         agreed = iter(verdict.present)
         published = []
-        for bucket, update in zip(self.buckets, updates, strict=True):
+        for bucket, update in zip(self.buckets, ready.updates, strict=True):
             active = [next(agreed) for _ in bucket.spec.parameters]
-            bucket.shard.adopt()
             if bucket.spec.algorithm == "muon":
-                self.calls += muon_step(bucket, update, active, options)
+                self.calls += muon_step(bucket, update, active, ready.options)
                 self.expected += sum(active[i] for i in bucket.owned)
             else:
-                adamw_step(bucket, update, active, options)
+                adamw_step(bucket, update, active, ready.options)
             published.append(bucket.shard.publish(self._communicator))
         for message in published:
             message.wait()
         self.steps += 1
         self._skipped_in_a_row = 0
+
+    def _check_parameters(self) -> None:
+        # Before the update: publishing it overwrites what other ranks hold of each range. At the
+        # first step always: without DDP nobody has given the ranks the same weights.
+        every = self._policy.check_desync_every
+        first = self.steps == self.skipped == 0
+        if self._communicator.world_size > 1 and (first or (every and self.steps % every == 0)):
+            check_desync(self._communicator, self.buckets, self.steps)
+
+    def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> _Ready:
+        present = [has for row in self.source.present() for has in row]
+        options: list[GroupOptions] = []
+        updates: list[Tensor] = []
+        nonfinite, problem = None, None
+        # What goes wrong on this rank alone is kept until all ranks can raise together.
+        try:
+            options = [read_options(group, index) for index, group in enumerate(groups)]
+            for bucket in self.buckets:
+                bucket.shard.adopt()
+            updates = self.source.read()
+            found = (b.shard.first_nonfinite(u) for b, u in zip(self.buckets, updates, strict=True))
+            nonfinite = next((name for name in found if name is not None), None)
+        except (RuntimeError, TypeError, ValueError) as error:
+            problem = error
+        described = "; ".join(option.describe() for option in options)
+        return _Ready(options, updates, agreement.Finding(present, nonfinite, described, problem))
 
     def clip(self, max_norm: float) -> Tensor:
         """Measure the averaged gradients and scale them down if need be. A collective.
@@ -117,8 +137,11 @@ class Engine:
             self.source.scale_(max_norm / total)
         return torch.tensor(total, dtype=torch.float32, device=self.buckets[0].shard.master.device)
 
-    def check_averaged(self) -> None:
+    def check_averaged(self) -> Engine:
         """Refuse gradients in `p.grad` that nobody averaged. A collective.
+
+        Returns:
+            The engine itself.
 
         Raises:
             RuntimeError: on every rank, naming the first parameter.
@@ -127,22 +150,26 @@ class Engine:
             parameters = [p for bucket in self.buckets for p in bucket.spec.parameters]
             norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
             agreement.check_averaged(self._communicator, self._names(), norms)
+        return self
 
     def _names(self) -> list[str]:
         return [name for bucket in self.buckets for name in bucket.spec.names]
 
-    def _agree(
-        self, present: Sequence[Sequence[bool]], updates: Sequence[Tensor]
-    ) -> agreement.Verdict:
-        found = (b.shard.first_nonfinite(u) for b, u in zip(self.buckets, updates, strict=True))
-        return agreement.agree_on_gradients(
-            self._communicator,
-            self._names(),
-            [has for row in present for has in row],
-            next((name for name in found if name is not None), None),
-            missing_grad=self._policy.missing_grad,
-            device=updates[0].device,
-        )
+    def _agree(self, ready: _Ready) -> agreement.Verdict:
+        try:
+            return agreement.agree(
+                self._communicator,
+                self._names(),
+                ready.finding,
+                missing_grad=self._policy.missing_grad,
+                device=self.buckets[0].shard.master.device,
+            )
+        except Exception as error:
+            # If the messages themselves failed, the first failure says more than the second.
+            problem = ready.finding.problem
+            if problem is None or error is problem:
+                raise
+            raise problem from error
 
     def _skip(self, message: str) -> None:
         if self._policy.nonfinite == "raise":
@@ -156,3 +183,26 @@ class Engine:
         self._skipped_in_a_row += 1
         if self._communicator.rank == 0:
             _logger.warning("Step skipped. %s", message)
+
+
+class _Ready(NamedTuple):
+    """What this rank steps with, and what it has to say before."""
+
+    options: list[GroupOptions]
+    updates: list[Tensor]
+    finding: agreement.Finding
+
+
+def _describe(
+    specs: Sequence[BucketSpec], groups: Sequence[Mapping[str, Any]], policy: Policy
+) -> list[str]:
+    """What every rank must have alike; a wrong value on one rank is a difference, too."""
+    lines = [f"distmuon {__version__}, torch {torch.__version__}", str(policy)]
+    try:
+        options = [read_options(group, index) for index, group in enumerate(groups)]
+        lines += [option.describe() for option in options]
+        for spec in specs:
+            lines += spec.lines(options)
+    except (TypeError, ValueError) as error:
+        lines.append(str(error))
+    return lines

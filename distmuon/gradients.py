@@ -9,9 +9,11 @@ same, freeing each gradient as it is sent.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +131,7 @@ class _ReducedGradients(GradientSource):
     def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
         """Prepare for `attach`."""
         super().__init__(buckets)
+        self._communicator = communicator
         self._reducer = Reducer(buckets, communicator)
 
     @override
@@ -167,6 +170,11 @@ class HookGradients(_ReducedGradients):
                 f'reduce="hook" is for DistributedDataParallel, not for {type(model).__name__}. '
                 'Wrap the model first, or use reduce="owned" without DDP.'
             )
+        if not self._communicator.same_ranks(model.process_group):
+            raise ValueError(
+                "DistributedDataParallel and the optimizer have different process groups, so their "
+                "averages would differ. Give both the same process_group."
+            )
         _require_same_parameters(model, self._buckets)
         model.register_comm_hook(self._reducer, _ddp_hook)
 
@@ -189,19 +197,21 @@ def _ddp_hook(reducer, bucket):  # type: ignore[no-untyped-def]  # DDP refuses s
 
 
 class OwnedGradients(_ReducedGradients):
-    """`reduce="owned"`: hooks on the parameters send each bucket as soon as it is complete.
+    """`reduce="owned"`: hooks on the parameters send each set of them as soon as it is complete.
 
-    Buckets leave in one fixed order on every rank, whatever order backward fills them in.
+    Sets leave in one fixed order on every rank, whatever order backward fills them in, and all of
+    them before backward returns: a rank that did not use a parameter must not be a message behind
+    the others when the user's own collectives follow.
     """
 
     def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
         """Prepare for `attach`."""
         super().__init__(buckets, communicator)
-        self._communicator = communicator
         self._sets: list[list[Tensor]] = []
         self._set_of: dict[Tensor, int] = {}
         self._waiting: list[set[Tensor]] = []
         self._sent = 0
+        self._end: Literal["queued", "open"] = "open"
         self._has: set[Tensor] = set()
         self._mode: Literal["reduce", "accumulate"] = "reduce"
 
@@ -226,8 +236,10 @@ class OwnedGradients(_ReducedGradients):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sets = _by_size(trained)
         self._set_of = {p: index for index, members in enumerate(self._sets) for p in members}
+        # The parameters outlive this optimizer and must not keep it at work.
+        method = weakref.WeakMethod(self._on_gradient)
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(partial(_call, method))  # type: ignore[no-untyped-call]
         self.clear()
 
     @override
@@ -250,8 +262,18 @@ class OwnedGradients(_ReducedGradients):
                 "pass of a step but the last under optimizer.no_sync(), and call zero_grad() "
                 "when a step is left out."
             )
+        if self._end == "open":
+            self._end = "queued"
+            # As DDP does: runs when this backward pass ends.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._send_rest)
         self._waiting[index].discard(parameter)
         while self._sent < len(self._sets) and not self._waiting[self._sent]:
+            self._send()
+
+    def _send_rest(self) -> None:
+        self._end = "open"
+        while self._sent < len(self._sets):
             self._send()
 
     def _send(self) -> None:
@@ -264,20 +286,23 @@ class OwnedGradients(_ReducedGradients):
 
     @override
     def present(self) -> list[list[bool]]:
-        """Whether backward gave a gradient; sends what backward left incomplete."""
-        while self._sent < len(self._sets):
-            self._send()
+        """Whether backward gave a gradient; takes part for a rank that had no backward pass."""
+        self._send_rest()
         return [[p in self._has for p in bucket.spec.parameters] for bucket in self._buckets]
 
     @override
     def clear(self) -> None:
         """Drop the received averages and start a new round."""
-        while 0 < self._sent < len(self._sets):
-            self._send()  # the other ranks have sent or will send these
         self._reducer.drop()
         self._waiting = [set(members) for members in self._sets]
-        self._sent = 0
+        self._sent, self._end = 0, "open"
         self._has.clear()
+
+
+def _call(method: weakref.WeakMethod[Any], parameter: Tensor) -> None:
+    hook = method()
+    if hook is not None:
+        hook(parameter)
 
 
 def _require_same_parameters(model: nn.Module, buckets: Sequence[Bucket]) -> None:

@@ -88,6 +88,46 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
             _check_matrix(name, parameter)
 
 
+def merge_groups(
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Tensor, str],
+    saved: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Saved groups, completed by what they lack and checked.
+
+    Args:
+        groups: `param_groups`.
+        names: FQN of each parameter.
+        saved: The "param_groups" of a state dictionary, ours or torch.optim.Muon's.
+
+    Returns:
+        One group for each of ours, with the saved group's parameter numbers.
+
+    Raises:
+        ValueError: for another number of groups or parameters, another algorithm, or a value out
+            of range.
+    """
+    sizes, saved_sizes = ([len(g["params"]) for g in some] for some in (groups, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"The saved groups have {saved_sizes} parameters, this optimizer's {sizes}. Build the "
+            "same groups as in the run that saved them."
+        )
+    merged = []
+    for index, (here, there) in enumerate(zip(groups, saved, strict=True)):
+        group = {**here, **there}
+        if group["algorithm"] != here["algorithm"]:
+            raise ValueError(
+                f"Group {index} was saved with algorithm={group['algorithm']!r}, here it has "
+                f"{here['algorithm']!r}. Build the same groups as in the run that saved them."
+            )
+        if group["adjust_lr_fn"] is None:  # torch.optim.Muon's default
+            group["adjust_lr_fn"] = "original"
+        check_group({**group, "params": [(names[p], p) for p in here["params"]]}, index)
+        merged.append(group)
+    return merged
+
+
 _KEYS = (
     "params",
     "algorithm",

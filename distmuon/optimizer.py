@@ -13,16 +13,13 @@ from typing_extensions import override
 from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
 from distmuon.engine import Engine
-from distmuon.group_check import check_group, list_parameters, name_parameters
-from distmuon.options import (
-    Algorithm,
-    GroupOptions,
-    MissingGrad,
-    NonFinite,
-    Policy,
-    Reduce,
-    read_options,
+from distmuon.group_check import (
+    check_group,
+    list_parameters,
+    merge_groups,
+    name_parameters,
 )
+from distmuon.options import MissingGrad, NonFinite, Policy, Reduce
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
 from distmuon.report import Report
@@ -43,10 +40,8 @@ class Muon(torch.optim.Optimizer):
     those once; return the pieces; apply decay and update to my range; publish the parameters.
     Given equal averaged gradients the parameters are bitwise those of one process (fp32, CPU).
 
-    Without a process group the same path runs with nothing to send.
-
-    At the first step the parameters become views of flat buffers. Gradients must be averaged over
-    the ranks before `step`, as `DistributedDataParallel` does.
+    Without a process group the same path runs with nothing to send. At the first step the
+    parameters become views of flat buffers. See `reduce` for who averages the gradients.
     """
 
     def __init__(  # noqa: PLR0913 - torch.optim.Muon's signature, then ours
@@ -56,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,  # noqa: FBT001, FBT002 - positional in torch.optim.Muon too
-        ns_coefficients: Coefficients = "keller",
+        ns_coefficients: Coefficients = "p5",
         eps: float = 1e-8,
         ns_steps: int | None = None,
         adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
@@ -80,7 +75,9 @@ class Muon(torch.optim.Optimizer):
             weight_decay: Decoupled decay per unit of lr.
             momentum: Decay of the momentum average.
             nesterov: Whether to look ahead.
-            ns_coefficients: Newton-Schulz coefficients: a preset's name or numbers.
+            ns_coefficients: Newton-Schulz coefficients: a preset's name or numbers. "p5" leaves
+                singular values in [0.98, 1.01] at the cost of "keller", torch.optim.Muon's, which
+                leaves them in [0.68, 1.20]; docs/numerics.md.
             eps: Offset of AdamW's denominator. Newton-Schulz needs none: a zero matrix gives a
                 zero update, and scale does not matter.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
@@ -113,6 +110,7 @@ class Muon(torch.optim.Optimizer):
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None
+        self._attached = False
         self._keeper = StateKeeper(self._communicator)
         defaults: dict[str, Any] = {
             "algorithm": "muon",
@@ -152,20 +150,22 @@ class Muon(torch.optim.Optimizer):
                 "the first step(), or build a new optimizer."
             )
         if not isinstance(param_group, dict):
-            raise TypeError(f"A parameter group is a {type(param_group).__name__}. Must be a dict.")
+            raise TypeError(f"Invalid group of type {type(param_group).__name__}. Must be a dict.")
         index = len(self.param_groups)
         entries = list_parameters(param_group, index)
         named = name_parameters(entries, index)
         check_group({**self.defaults, **param_group, "params": named}, index)
+        names = dict(self._names)
         for name, parameter in named:
-            if parameter in self._names:
+            if parameter in names:
                 raise ValueError(
-                    f"{name} is already in the optimizer as {self._names[parameter]}. Every "
-                    "parameter must be in exactly one group, once; a tied weight is one parameter."
+                    f"{name} is already in the optimizer as {names[parameter]}. Every parameter "
+                    "must be in exactly one group, once; a tied weight is one parameter."
                 )
-            self._names[parameter] = name
+            names[parameter] = name
         group = {key: value for key, value in param_group.items() if key != "reasons"}
         super().add_param_group({**group, "params": entries})
+        self._names = names
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -193,9 +193,8 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        options = self._options()
         self._keeper.forget_gathered()
-        self._ready(options).step(options)
+        self._ready().step(self.param_groups)
         return loss
 
     def attach(self, model: nn.Module) -> None:
@@ -219,9 +218,11 @@ class Muon(torch.optim.Optimizer):
                 'reduce="ddp" takes gradients that are averaged already, so there is nothing to '
                 'attach. Use Muon(..., reduce="hook") or reduce="owned".'
             )
-        if self._engine is not None:
+        if self._attached:
             raise RuntimeError("A model is attached already. Build a new optimizer for another.")
-        self._open(self._options()).source.attach(model)
+        engine = self._engine if self._engine is not None else self._open()
+        engine.source.attach(model)
+        self._attached = True
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients without sending them, for all micro-batches but the last.
@@ -269,7 +270,7 @@ class Muon(torch.optim.Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"Invalid {max_norm=}. Must be > 0.")
-        return self._ready(self._options()).clip(max_norm)
+        return self._ready().clip(max_norm)
 
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
@@ -302,8 +303,8 @@ class Muon(torch.optim.Optimizer):
             bytes_sent=dict(self._communicator.bytes_sent),
             gradient_norms=engine.norms if engine else None,
             state_bytes=sum(bucket.shard.state_bytes for bucket in self._buckets()),
-            muon_parameters=_numel(specs, "muon"),
-            adamw_parameters=_numel(specs, "adamw"),
+            muon_parameters=sum(spec.numel for spec in muon),
+            adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),
         )
 
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -336,55 +337,63 @@ class Muon(torch.optim.Optimizer):
         try:
             return super().state_dict()
         finally:
-            self.state.clear()
+            self._mark_state()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take hyperparameters and state from a full dictionary, at any world size.
 
         Args:
-            state_dict: From `state_dict` of an optimizer with the same groups. Each rank keeps its
-                own part; momentum stays fp32 whatever the parameters' dtype.
+            state_dict: From `state_dict` of an optimizer with the same groups, or of
+                torch.optim.Muon. At the first step, or at once if there was one, each rank keeps
+                its own part; momentum stays fp32 whatever the parameters' dtype.
 
         Raises:
-            ValueError: for state that is partial, foreign or misshaped, naming the parameter;
-                nothing has been changed then.
+            ValueError: for other groups, hyperparameters out of range, or state that is partial,
+                foreign or misshaped, naming the parameter; nothing has been changed then.
         """
-        lengths = [len(group["params"]) for group in self.param_groups]
-        if lengths == [len(group["params"]) for group in state_dict["param_groups"]]:
-            self._keeper.load(self.param_groups, self._names, state_dict)
-        # torch refuses other groups, and takes the hyperparameters; its own loading of state would
-        # cast momentum to the parameters' dtype.
-        super().load_state_dict({**state_dict, "state": {}})
+        merged = merge_groups(self.param_groups, self._names, state_dict["param_groups"])
+        self._keeper.load(self.param_groups, self._names, state_dict)
+        # torch's own loading of state would cast momentum to the parameters' dtype.
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
+        self._mark_state()
         self._keeper.deliver(self._buckets())
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "Muon cannot be copied or pickled: its state lies in buffers shared with the model and "
+            "with other ranks. Use state_dict() and load_state_dict()."
+        )
 
     def _specify(self) -> list[BucketSpec]:
         if self._engine is not None:
             return [bucket.spec for bucket in self._engine.buckets]
         return specify(self.param_groups, self._names, self._communicator.world_size)
 
-    def _options(self) -> list[GroupOptions]:
-        return [read_options(group, index) for index, group in enumerate(self.param_groups)]
+    def _ready(self) -> Engine:
+        needs_model = self._policy.reduce != "ddp" and self._communicator.world_size > 1
+        if needs_model and not self._attached:
+            raise RuntimeError(
+                f'reduce="{self._policy.reduce}" averages the gradients itself: call '
+                "attach(model) once, before the first backward pass."
+            )
+        if self._engine is not None:
+            return self._engine
+        return self._open().check_averaged()
 
-    def _ready(self, options: Sequence[GroupOptions]) -> Engine:
-        if self._engine is None:
-            if self._policy.reduce != "ddp" and self._communicator.world_size > 1:
-                raise RuntimeError(
-                    f'reduce="{self._policy.reduce}" averages the gradients itself: call '
-                    "attach(model) once, before the first backward pass."
-                )
-            self._open(options).check_averaged()
-        assert self._engine is not None, "opened above"
-        return self._engine
-
-    def _open(self, options: Sequence[GroupOptions]) -> Engine:
-        self._engine = Engine(self._specify(), options, self._policy, self._communicator)
+    def _open(self) -> Engine:
+        self._engine = Engine(self._specify(), self.param_groups, self._policy, self._communicator)
         self._keeper.deliver(self._engine.buckets)
+        self._mark_state()
         return self._engine
+
+    def _mark_state(self) -> None:
+        # The state itself lies in the engine's buffers. But torch.distributed.checkpoint takes a
+        # step of its own where an optimizer that has stepped looks stateless.
+        self.state.clear()
+        if self._engine is not None:
+            self.state.update({parameter: {} for parameter in self._names})
 
     def _buckets(self) -> Sequence[Bucket]:
         return self._engine.buckets if self._engine is not None else ()
-
-
-def _numel(specs: Sequence[BucketSpec], algorithm: Algorithm) -> int:
-    return sum(t.numel for s in specs if s.algorithm == algorithm for t in s.layout.specs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -46,6 +46,13 @@ class GroupOptions:
     adjust_lr_fn: AdjustLrFn
     betas: tuple[float, float]
     eps: float
+
+    def describe(self) -> str:
+        """All values in a form that is equal on ranks whose options are; callables by name."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        if callable(self.adjust_lr_fn):
+            known["adjust_lr_fn"] = getattr(self.adjust_lr_fn, "__qualname__", "callable")
+        return ", ".join(f"{key}={value}" for key, value in known.items())
 
 
 @dataclass(frozen=True, slots=True)

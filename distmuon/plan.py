@@ -132,21 +132,21 @@ def peer_counts(transfers: Iterable[Transfer], world_size: int) -> list[int]:
     return counts
 
 
-def describe(layout: Layout, owners: Sequence[int | None]) -> list[str]:
+def describe(layout: Layout, notes: Sequence[str]) -> list[str]:
     """Lines that must be the same on every rank before anything is exchanged.
 
     Args:
         layout: Where the tensors lie.
-        owners: Owner of each tensor; None where nothing is gathered (elementwise rules).
+        notes: What else belongs to each tensor: its owner, its group.
 
     Returns:
         Readable lines; the first that differs between two ranks names the mistake.
     """
     head = f"world size {layout.world_size}, {layout.shard_numel} elements per shard"
-    rows = zip(layout.specs, layout.offsets, owners, strict=True)
+    rows = zip(layout.specs, layout.offsets, notes, strict=True)
     return [head] + [
-        f"{spec.name}: shape {list(spec.shape)}, flat offset {offset}, owner {owner}"
-        for spec, offset, owner in rows
+        f"{spec.name}: shape {list(spec.shape)}, flat offset {offset}, {note}"
+        for spec, offset, note in rows
     ]
 
 

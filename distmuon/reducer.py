@@ -30,7 +30,7 @@ class Reducer:
             for tensor, parameter in enumerate(bucket.spec.parameters)
         }
         self._plans: dict[tuple[Member, ...], ReductionPlan] = {}
-        self._flying: list[tuple[ReductionPlan, Pending]] = []
+        self._flying: dict[tuple[Member, ...], tuple[ReductionPlan, Pending]] = {}
         self._grads: list[Tensor] | None = None
         self._reduced: set[Member] = set()
 
@@ -54,7 +54,10 @@ class Reducer:
         send = torch.cat([flat[m][s.tensor_start :][: s.numel] for m, s in plan.pieces])
         receive_counts = [plan.counts[self._communicator.rank]] * self._communicator.world_size
         pending = self._communicator.exchange(send, plan.counts, receive_counts, kind="reduce")
-        self._flying.append((plan, pending))
+        replaced = self._flying.pop(members, None)  # a backward pass whose step was left out
+        if replaced is not None:
+            replaced[1].wait()
+        self._flying[members] = (plan, pending)
         self._reduced.update(members)
 
     def finish(self) -> list[Tensor]:
@@ -66,13 +69,13 @@ class Reducer:
         if self._grads is None:
             self._grads = [torch.zeros_like(bucket.shard.master) for bucket in self._buckets]
         world_size = self._communicator.world_size
-        for plan, pending in self._flying:
+        for plan, pending in self._flying.values():
             parts = pending.wait().view(world_size, -1)
             for member, segment, start in plan.mine:
                 grad = self._grads[member.bucket]
                 total = parts[:, start : start + segment.numel].to(grad.dtype).sum(dim=0)
                 grad[segment.shard_start :][: segment.numel] = total.div_(world_size)
-        self._flying = []
+        self._flying = {}
         return self._grads
 
     def require_reduced(self, present: Sequence[Sequence[bool]]) -> None:
@@ -92,7 +95,7 @@ class Reducer:
 
     def drop(self) -> None:
         """Forget this step's gradients; messages in flight are waited for first."""
-        for _, pending in self._flying:
+        for _, pending in self._flying.values():
             pending.wait()
-        self._flying, self._grads = [], None
+        self._flying, self._grads = {}, None
         self._reduced.clear()

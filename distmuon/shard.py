@@ -78,12 +78,12 @@ class Shard:
     def adopt(self) -> None:
         """Take in what was done to the parameters from outside since the last step.
 
-        New storage under a Parameter (`model.to()`, `load_state_dict(assign=True)`) becomes a view
-        of the buffer again. Values written into a narrow parameter replace their fp32 master, or
-        weights loaded into a bf16 model would be overwritten by it.
+        New storage under a Parameter (`model.to()`, `parameter.data = ...`) becomes a view of the
+        buffer again. Values written into a narrow parameter replace their fp32 master, or weights
+        loaded into a bf16 model would be overwritten by it.
 
         Raises:
-            RuntimeError: if a parameter now has another dtype or device.
+            RuntimeError: if a parameter now has another shape, dtype or device.
         """
         self._adopt_storage()
         if self.master.dtype != self.flat.dtype:
@@ -93,14 +93,21 @@ class Shard:
     def _adopt_storage(self) -> None:
         rows = zip(self.layout.specs, self.parameters, self._views, strict=True)
         for spec, parameter, view in rows:
-            if (parameter.dtype, parameter.device) != (view.dtype, view.device):
+            if (parameter.shape, parameter.dtype, parameter.device) != (
+                view.shape,
+                view.dtype,
+                view.device,
+            ):
                 raise RuntimeError(
-                    f"{spec.name} became {parameter.dtype} on {parameter.device} after the first "
-                    f"step; its optimizer state is for {view.dtype} on {view.device}. Move the "
-                    "model before the first step, or build a new optimizer."
+                    f"{spec.name} became {parameter.dtype} {list(parameter.shape)} on "
+                    f"{parameter.device} after the first step; its optimizer state is for "
+                    f"{view.dtype} {list(view.shape)} on {view.device}. Change the model before "
+                    "the first step, or build a new optimizer."
                 )
-            if parameter.data_ptr() != view.data_ptr():
-                view.copy_(parameter.data)
+            if (parameter.data_ptr(), parameter.stride()) != (view.data_ptr(), view.stride()):
+                view.copy_(
+                    parameter.data.clone()
+                )  # it may be a transposed view of this very memory
                 parameter.data = view
 
     def read_grad(self) -> Tensor:
@@ -189,3 +196,9 @@ class Shard:
         if self.master.dtype != self.flat.dtype:
             held.append(self.master)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def reset(self) -> None:
+        """Forget all state, as before the first step."""
+        self.steps = [0] * len(self.steps)
+        for tensor in self.state.values():
+            tensor.zero_()

@@ -26,7 +26,7 @@ class StateKeeper:
             communicator: The group that state is sharded over.
         """
         self._communicator = communicator
-        self._loaded: Mapping[Tensor, WholeState] = {}
+        self._loaded: Mapping[Tensor, WholeState] | None = None
         self._gathered: Mapping[Tensor, WholeState] | None = None
         self._gathered_to: int | None = None
 
@@ -66,7 +66,7 @@ class StateKeeper:
         """
         world_size = self._communicator.world_size
         if not buckets:
-            return self._loaded
+            return self._loaded or {}
         if world_size == 1:
             return {p: state for bucket in buckets for p, state in full_state(bucket).items()}
         if self._gathered is not None:
@@ -112,10 +112,13 @@ class StateKeeper:
         Args:
             buckets: Where the state goes; none before the first step, when it is kept.
         """
-        if self._loaded and buckets:
-            for bucket in buckets:
+        if self._loaded is None or not buckets:
+            return
+        for bucket in buckets:
+            bucket.shard.reset()
+            if self._loaded:
                 load_full_state(bucket, self._loaded)
-            self._loaded = {}
+        self._loaded = None
 
 
 def full_state(bucket: Bucket) -> dict[Tensor, dict[str, Any]]:
@@ -193,7 +196,7 @@ def check_saved(
                 f"The saved state of {name} has {found}. {algorithm} needs {list(wanted)}. "
                 "Was it saved by another optimizer, or is it one rank's part of a sharded one?"
             )
-        for key in STATE_NAMES[algorithm]:
+        for key in (*STATE_NAMES[algorithm], *(("master",) if "master" in entry else ())):
             value = entry[key]
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

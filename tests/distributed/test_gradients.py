@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distmuon import Muon, Report, build_param_groups
+from distmuon import gradients as gradients_module
 from tests.harness import run_ranks
 
 Reduce = Literal["ddp", "hook", "owned"]
@@ -43,9 +44,10 @@ def make(
     *,
     attach: Literal["yes", "no"] = "yes",
     unused: Literal["some", "none"] = "none",
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[Weighted, nn.Module, Muon]:
-    model = Weighted()
+    model = Weighted(dtype)
     named = dict(model.weights.items())
     groups = [
         {"params": [(n, p) for n, p in named.items() if n not in ADAMW]},
@@ -349,3 +351,169 @@ def test_a_real_model_trains_alike_in_all_modes(world_size: int) -> None:
             for mine, ddp in zip(parameters, results["ddp"][0][0], strict=True):
                 torch.testing.assert_close(mine, ddp, rtol=1e-3, atol=1e-4)
     assert sum(calls for _, calls in results["hook"]) > 0
+
+
+# --- regressions, each found by trying to break it ----------------------------------------------
+
+
+def train_in_small_sets(dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    gradients_module.BUCKET_BYTES = 100
+    model, wrapped, optimizer = make("owned", dist.group.WORLD, dtype=dtype)
+    for step in range(5):
+        optimizer.zero_grad()
+        given = gradients(step, dist.get_rank(), dist.get_world_size())
+        wrapped({name: g.to(dtype) for name, g in given.items()}).backward()
+        optimizer.step()
+    source: Any = optimizer._engine.source if optimizer._engine else None
+    return weights(model), len(source._sets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_owned_sends_many_sets_in_one_order(dtype: torch.dtype) -> None:
+    model, wrapped, optimizer = make("ddp", None, dtype=dtype)
+    for step in range(5):
+        optimizer.zero_grad()
+        wrapped({name: g.to(dtype) for name, g in gradients(step, 0, 1).items()}).backward()
+        optimizer.step()
+    outcome = run_ranks(3, train_in_small_sets, dtype)
+    assert_same_bits([result for result, _ in outcome], weights(model))
+    assert all(sets >= 4 for _, sets in outcome)
+
+
+def part_of_a_step(policy: Literal["raise", "zero"], then: Literal["reduce", "skip"]) -> str:
+    """Rank 0 leaves a parameter out; then comes a collective of the user's, or no step at all."""
+    gradients_module.BUCKET_BYTES = 100
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model, wrapped, optimizer = make("owned", dist.group.WORLD, missing_grad=policy)
+    given = gradients(0, rank, world_size)
+    if rank == 0:
+        del given["experts"]
+    loss = wrapped(given)
+    loss.backward()
+    if then == "reduce":
+        dist.all_reduce(loss.detach())
+    else:
+        optimizer.zero_grad()
+        wrapped(gradients(1, rank, world_size)).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return f"{float(model.weights['experts'].norm()):.4f}"
+
+
+@pytest.mark.parametrize("policy", ["raise", "zero"])
+@pytest.mark.parametrize("then", ["reduce", "skip"])
+def test_owned_does_not_hang_where_ranks_used_other_parameters(
+    policy: Literal["raise", "zero"], then: Literal["reduce", "skip"]
+) -> None:
+    said = run_ranks(2, part_of_a_step, policy, then, timeout=30)
+    assert said[0] == said[1]
+    refused = policy == "raise" and then == "reduce"
+    assert ("experts has a gradient on some ranks but not on ranks [0]" in said[0]) == refused
+
+
+def train_in_a_pair(reduce: Reduce) -> tuple[dict[str, Tensor], bool]:
+    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = pairs[dist.get_rank() % 2]
+    model = Weighted()
+    named = dict(model.weights.items())
+    groups = [
+        {"params": [(n, p) for n, p in named.items() if n not in ADAMW]},
+        {"params": [(n, named[n]) for n in ADAMW], "algorithm": "adamw"},
+    ]
+    optimizer = Muon(groups, lr=1e-2, process_group=group, reduce=reduce)
+    wrapped: nn.Module = model
+    if reduce != "owned":
+        wrapped = DistributedDataParallel(model, process_group=group)
+    if reduce != "ddp":
+        optimizer.attach(wrapped)
+    for step in range(5):
+        optimizer.zero_grad()
+        wrapped(gradients(step, dist.get_rank(group), 2)).backward()
+        optimizer.step()
+    optimizer.consolidate_state_dict(to=1)
+    whole = dist.get_rank(group) == 1 and bool(optimizer.state_dict()["state"])
+    return weights(model), whole
+
+
+@pytest.mark.parametrize("reduce", MODES)
+def test_disjoint_groups_of_ranks_train_apart(reduce: Reduce) -> None:
+    reference, _ = train("ddp", None, 0, 1)
+    outcome = run_ranks(4, train_in_a_pair, reduce)
+    assert_same_bits([result for result, _ in outcome], reference)
+    assert [whole for _, whole in outcome] == [False, False, True, True]
+
+
+def skip_good_skip() -> list[int]:
+    _, wrapped, optimizer = make("hook", dist.group.WORLD, nonfinite="skip", max_skips=1)
+    counts = []
+    for step in range(4):
+        given = gradients(step, dist.get_rank(), dist.get_world_size())
+        if step % 2 and dist.get_rank() == 0:
+            given["row"][0, 0] = float("nan")
+        optimizer.zero_grad()
+        wrapped(given).backward()
+        optimizer.step()
+        counts.append(optimizer.report().skipped)
+    return counts
+
+
+def test_a_good_step_forgives_the_skips_before_it() -> None:
+    assert run_ranks(2, skip_good_skip) == [[0, 1, 1, 2]] * 2
+
+
+def buffers_after_attach() -> list[list[float]]:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    shapes = torch.arange(6.0).view(2, 3).t() + dist.get_rank()
+    model.register_buffer("turned", shapes)
+    model.register_buffer("short", torch.tensor(dist.get_rank(), dtype=torch.int16))
+    optimizer = Muon(list(model.named_parameters()), process_group=dist.group.WORLD, reduce="owned")
+    optimizer.attach(model)
+    return [model.turned.flatten().tolist(), [float(model.short)]]
+
+
+def test_owned_gives_all_ranks_the_buffers_of_the_first() -> None:
+    first, second = run_ranks(2, buffers_after_attach)
+    assert first == second == [[0.0, 3.0, 1.0, 4.0, 2.0, 5.0], [0.0]]
+
+
+def attach_again() -> tuple[str, int]:
+    model, _, optimizer = make("owned", dist.group.WORLD, attach="no")
+    message = ""
+    try:
+        optimizer.attach(DistributedDataParallel(model))
+    except TypeError as error:
+        message = str(error)
+    optimizer.attach(model)  # the right call after the wrong one
+    del optimizer
+    successor = Muon(
+        [(n, p) for n, p in model.weights.items() if p.dim() > 1],
+        process_group=dist.group.WORLD,
+        reduce="owned",
+    )
+    model.weights["bias"].requires_grad_(False)
+    successor.attach(model)
+    given = gradients(0, dist.get_rank(), dist.get_world_size())
+    model(given).backward()
+    successor.step()
+    return message, successor.report().newton_schulz_calls
+
+
+def test_a_model_can_be_attached_again() -> None:
+    outcome = run_ranks(2, attach_again)
+    assert all("replaces DistributedDataParallel" in message for message, _ in outcome)
+    assert sum(calls for _, calls in outcome) == 4
+
+
+def without_steps() -> int:
+    model, wrapped, optimizer = make("hook", dist.group.WORLD)
+    for step in range(8):
+        model.zero_grad()
+        wrapped(gradients(step, dist.get_rank(), dist.get_world_size())).backward()
+    source: Any = optimizer._engine.source if optimizer._engine else None
+    return len(source._reducer._flying)
+
+
+def test_backward_passes_without_steps_do_not_pile_up() -> None:
+    assert all(count <= 2 for count in run_ranks(2, without_steps))

@@ -430,6 +430,65 @@ def test_a_group_without_this_rank_is_refused() -> None:
     assert "member" in run_ranks(2, foreign_group)[1]
 
 
+Rift = Literal["weights", "lr", "groups", "option", "sparse", "callable", "hook group"]
+
+
+def rift(kind: Rift) -> str:
+    """Something is different on rank 1, or goes wrong there alone."""
+    odd = dist.get_rank() == 1
+    torch.manual_seed(7 if odd and kind == "weights" else 0)
+    first, second, third, table = (nn.Parameter(torch.randn(6, 6)) for _ in range(4))
+    matrices = [("first", first), ("second", second), ("third", third)]
+    cut = 1 if odd and kind == "groups" else 2
+    groups: list[dict[str, Any]] = [
+        {"params": matrices[:cut], "lr": 0.1},
+        {"params": matrices[cut:], "lr": 0.001},
+        {"params": [("table", table)], "algorithm": "adamw"},
+    ]
+    scale = (lambda rows, cols: 0.5) if kind == "callable" else "match_rms_adamw"
+    optimizer = Muon(groups, process_group=dist.group.WORLD, adjust_lr_fn=scale)
+    try:
+        if kind == "hook group":
+            pair = dist.new_group([0, 1, 2])
+            wrapped = DistributedDataParallel(nn.Linear(3, 3, bias=False))
+            other = Muon(list(wrapped.named_parameters()), process_group=pair, reduce="hook")
+            other.attach(wrapped)
+        for step in range(2):
+            for parameter in (first, second, third, table):
+                parameter.grad = torch.ones_like(parameter)
+            if step == 1 and odd and kind == "lr":
+                optimizer.param_groups[0]["lr"] = 0.05
+            if step == 1 and odd and kind == "option":
+                optimizer.param_groups[0]["momentum"] = 2.0
+            if step == 1 and odd and kind == "sparse":
+                table.grad = torch.eye(6).to_sparse()
+            optimizer.step()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("weights", "Desync after step 0: table is not the same on all ranks; ranks [1]"),
+        ("lr", "The hyperparameters differ between ranks: rank 0 has lr=0.1, rank 1 has lr=0.05"),
+        ("groups", "Ranks [1] do not have the same optimizer as rank 0"),
+        ("option", "Invalid momentum=2.0 in group 0"),
+        ("sparse", "table has a torch.sparse_coo gradient"),
+        ("callable", "no error"),
+    ],
+)
+def test_i7_what_differs_on_one_rank_is_told_by_all(kind: Rift, message: str) -> None:
+    for rank, said in enumerate(run_ranks(3, rift, kind, timeout=30)):
+        assert message in said, f"rank {rank}"
+
+
+def test_a_hook_in_another_group_is_refused() -> None:
+    said = run_ranks(4, rift, "hook group")
+    assert all("different process groups" in text for text in said[:3])
+
+
 def flip(every: int) -> list[str]:
     model, optimizer = build(RAGGED, torch.float32, dist.group.WORLD, check_desync_every=every)
     said = []
@@ -457,3 +516,9 @@ def test_i7_one_flipped_bit_is_named_before_the_next_update() -> None:
 
 def test_without_the_check_the_next_update_overwrites_a_flipped_bit() -> None:
     assert run_ranks(4, flip, 0) == [["", "", "", ""]] * 4
+
+
+def test_desync_is_looked_for_only_as_often_as_asked() -> None:
+    # The flip comes after step 2 and lives until the update of step 3: every second step sees it.
+    assert all("Desync after step 2" in said[-1] for said in run_ranks(4, flip, 2))
+    assert run_ranks(4, flip, 3) == [["", "", "", ""]] * 4

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distmuon.layout import TensorSpec
-from distmuon.ownership import assign
+from distmuon.ownership import Ownership, assign
 from distmuon.plan import ExchangePlan, build_plan, describe, digest, peer_counts
 
 shapes = st.lists(
@@ -17,6 +17,10 @@ shapes = st.lists(
     max_size=12,
 )
 world_sizes = st.integers(1, 9)
+
+
+def described(ownership: Ownership) -> list[str]:
+    return describe(ownership.layout, [f"owner {owner}" for owner in ownership.owners])
 
 
 wave_numels = st.sampled_from([1, 40, 10**9])
@@ -98,10 +102,10 @@ def test_waves_are_packed_and_bounded(
 @given(shapes, world_sizes)
 def test_the_digest_names_the_plan(chosen: list[tuple[int, ...]], world_size: int) -> None:
     first, again = (plans_for(chosen, world_size)[0].ownership for _ in range(2))
-    lines = describe(first.layout, first.owners)
-    assert digest(lines) == digest(describe(again.layout, again.owners))
+    lines = described(first)
+    assert digest(lines) == digest(described(again))
     wider = plans_for([*chosen, (3, 3)], world_size)[0].ownership
-    assert digest(lines) != digest(describe(wider.layout, wider.owners))
+    assert digest(lines) != digest(described(wider))
 
 
 @settings(max_examples=5, deadline=None)

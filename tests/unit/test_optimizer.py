@@ -1,11 +1,14 @@
 """Muon in one process: parity with torch, what it refuses, what it counts, its state."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from distmuon import Muon
 from distmuon.exchange import Exchange
@@ -33,7 +36,7 @@ def test_five_steps_match_torch_muon_in_fp32(
     monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
     ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
     arguments: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.1, "nesterov": nesterov}
-    mine = Muon(ours, adjust_lr_fn=mode, **arguments)
+    mine = Muon(ours, ns_coefficients="keller", adjust_lr_fn=mode, **arguments)
     reference = torch.optim.Muon(theirs, adjust_lr_fn=mode, **arguments)
     for step in range(5):
         give_gradients(ours, step)
@@ -407,18 +410,18 @@ def test_state_dict_survives_a_round_trip_before_the_first_step() -> None:
     assert optimizer.report().newton_schulz_calls == 2
 
 
-def test_state_of_torch_muon_continues_here(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [None, "match_rms_adamw"])
+def test_a_torch_muon_state_dict_continues_here(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
     theirs, ours = parameters(*SHAPES), parameters(*SHAPES)
-    reference = torch.optim.Muon(theirs, lr=1e-2, adjust_lr_fn="match_rms_adamw")
-    mine = Muon(ours, lr=1e-2)
+    reference = torch.optim.Muon(theirs, lr=1e-2, adjust_lr_fn=mode)
+    mine = Muon(ours, lr=0.5)
     for step in range(3):
         give_gradients(theirs, step)
         reference.step()
     for mine_p, their_p in zip(ours, theirs, strict=True):
         mine_p.data.copy_(their_p.data)
-    state = reference.state_dict()["state"]
-    mine.load_state_dict({"state": state, "param_groups": mine.state_dict()["param_groups"]})
+    mine.load_state_dict(reference.state_dict())
     give_gradients(theirs, 9)
     give_gradients(ours, 9)
     before = [p.detach().clone() for p in theirs]
@@ -426,6 +429,99 @@ def test_state_of_torch_muon_continues_here(monkeypatch: pytest.MonkeyPatch) -> 
     mine.step()
     for mine_p, their_p, start in zip(ours, theirs, before, strict=True):
         assert (mine_p - their_p).norm() < 1e-4 * (their_p - start).norm()
+
+
+def test_torch_checkpointing_takes_no_hidden_step() -> None:
+    layer = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    groups = [
+        {"params": [(n, p) for n, p in layer.named_parameters() if p.dim() == 2]},
+        {"params": [(n, p) for n, p in layer.named_parameters() if p.dim() == 1]}
+        | {"algorithm": "adamw"},
+    ]
+    optimizer = Muon(groups)
+    layer(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    saved = get_optimizer_state_dict(layer, optimizer)
+    assert optimizer.report().steps == 1
+    assert saved["state"]["0.weight"]["momentum_buffer"].shape == (6, 6)
+
+
+def test_loading_an_empty_state_starts_anew() -> None:
+    params, optimizer = fresh()
+    initial = optimizer.state_dict()
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.load_state_dict(initial)
+    assert all(not entry["step"] for entry in optimizer.state_dict()["state"].values())
+    assert not optimizer.state_dict()["state"][0]["momentum_buffer"].any()
+
+
+def test_bad_hyperparameters_in_a_file_change_nothing() -> None:
+    params, optimizer = fresh()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"Invalid lr=-1\.0 in group 0"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    saved["param_groups"][0] |= {"lr": 0.1, "algorithm": "adamw"}
+    with pytest.raises(ValueError, match="was saved with algorithm='adamw'"):
+        optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"The saved groups have \[2\] parameters"):
+        optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"][:1]})
+    give_gradients(params, 0)
+    optimizer.step()
+
+
+def test_a_misshaped_master_is_refused() -> None:
+    params, optimizer = fresh(torch.bfloat16)
+    give_gradients(params, 0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "master": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match="saved master of group 0 parameter 0"):
+        fresh(torch.bfloat16)[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
+def test_copies_of_the_optimizer_are_refused(copying: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"state_dict\(\)"):
+        copying(Muon(parameters((4, 4))))
+
+
+def test_parameters_over_the_same_memory_are_refused_by_name() -> None:
+    (first,) = parameters((4, 4))
+    second = nn.Parameter(first.data)
+    optimizer = Muon([("first", first), ("second", second)])
+    give_gradients([first, second], 0)
+    with pytest.raises(ValueError, match="first and second are two Parameters over the same"):
+        optimizer.step()
+
+
+def test_a_refused_group_can_be_corrected() -> None:
+    first, second = parameters((4, 4), (5, 5))
+    optimizer = Muon([("first", first)])
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": [("second", second)], "lr": -1.0})
+    with pytest.raises(ValueError, match="names"):
+        optimizer.add_param_group({"params": [second]})
+    optimizer.add_param_group({"params": [("second", second)]})
+    assert optimizer.report().matrices == 2
+
+
+def test_a_matrix_turned_in_place_is_taken_in() -> None:
+    (matrix,) = parameters((5, 5))
+    twin = nn.Parameter(matrix.data.clone())
+    optimizers = Muon([matrix]), Muon([twin])
+    for step in range(2):
+        give_gradients([matrix], step)
+        assert matrix.grad is not None
+        twin.grad = matrix.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 0:
+            matrix.data, twin.data = matrix.data.t(), twin.data.t().contiguous()
+    assert torch.equal(matrix, twin)
 
 
 @pytest.mark.parametrize("damage", ["missing", "foreign", "shape"])
