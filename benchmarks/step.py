@@ -4,8 +4,8 @@
 
 Every variant has a model of its own; they take turns, one step each, so that a change in the
 machine's speed meets all of them. torch.optim.Muon always casts to bfloat16 for Newton-Schulz,
-which CPUs without bf16 units emulate at a fiftieth of the speed: its cast is taken out, so that all
-compute in fp32 (`muon-ddp-bf16` leaves it in). One JSON line per variant goes to --out.
+which CPUs without bf16 units emulate at a fraction of the speed: its cast is taken out, so that all
+compute in fp32 (the `-bf16` variants leave it in). One JSON line per variant goes to --out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,20 @@ def _ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _distmuon(model: nn.Module, reduce: str, coefficients: str) -> Case:
+def _distmuon(
+    model: nn.Module, reduce: str, coefficients: str, ns_dtype: str | None = None
+) -> Case:
     optimizer = Muon(
         list(model.named_parameters()),
         process_group=dist.group.WORLD,
         reduce=reduce,  # type: ignore[arg-type]
         ns_coefficients=coefficients,
+        ns_dtype=ns_dtype,  # type: ignore[arg-type]
     )
     wrapped = model if reduce == "owned" else _ddp(model)
     if reduce != "ddp":
         optimizer.attach(wrapped)
-    return Case(wrapped, optimizer)
+    return Case(wrapped, optimizer, "bf16" if ns_dtype else "fp32")
 
 
 def _torch_muon(model: nn.Module, dtype: str = "fp32") -> Case:
@@ -111,9 +114,11 @@ VARIANTS: dict[str, Factory] = {
     "distmuon-ddp": lambda m: _distmuon(m, "ddp", "p5"),
     "distmuon-hook": lambda m: _distmuon(m, "hook", "p5"),
     "distmuon-owned": lambda m: _distmuon(m, "owned", "p5"),
+    "distmuon-ddp-bf16": lambda m: _distmuon(m, "ddp", "p5", "bfloat16"),
     "muon-ddp-bf16": lambda m: _torch_muon(m, "bf16"),
+    "muon-zero-bf16": lambda m: replace(VARIANTS["muon-zero"](m), dtype="bf16"),
 }
-DEFAULT = [name for name in VARIANTS if name != "muon-ddp-bf16"]
+DEFAULT = [name for name in VARIANTS if not name.endswith("bf16")]
 
 
 @contextmanager

@@ -137,6 +137,7 @@ _KEYS = (
     "nesterov",
     "ns_coefficients",
     "ns_steps",
+    "ns_dtype",
     "adjust_lr_fn",
     "betas",
     "eps",

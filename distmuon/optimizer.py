@@ -19,7 +19,7 @@ from distmuon.group_check import (
     merge_groups,
     name_parameters,
 )
-from distmuon.options import MissingGrad, NonFinite, Policy, Reduce
+from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
 from distmuon.report import Report
@@ -56,6 +56,7 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int | None = None,
         adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
         *,
+        ns_dtype: NsDtype | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         process_group: ProcessGroup | None = None,
         reduce: Reduce = "ddp",
@@ -75,13 +76,13 @@ class Muon(torch.optim.Optimizer):
             weight_decay: Decoupled decay per unit of lr.
             momentum: Decay of the momentum average.
             nesterov: Whether to look ahead.
-            ns_coefficients: Newton-Schulz coefficients: a preset's name or numbers. "p5" leaves
-                singular values in [0.98, 1.01] at the cost of "keller", torch.optim.Muon's, which
-                leaves them in [0.68, 1.20]; docs/numerics.md.
+            ns_coefficients: A preset's name or numbers. "p5" leaves singular values in
+                [0.98, 1.01], torch.optim.Muon's "keller" in [0.68, 1.20].
             eps: Offset of AdamW's denominator. Newton-Schulz needs none: a zero matrix gives a
                 zero update, and scale does not matter.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
+            ns_dtype: Dtype of the Newton-Schulz products, "bfloat16" say; None: fp32 on CPUs.
             betas: AdamW's moment decays.
             process_group: Data-parallel ranks to shard over; None for one process.
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
@@ -90,9 +91,9 @@ class Muon(torch.optim.Optimizer):
                 (call `attach(model)`).
             nonfinite: What a NaN or infinity in any rank's gradient does: "raise" on every rank,
                 or "skip" the step on every rank. Nothing has been changed in either case.
-            max_skips: How many steps in a row may be skipped before it raises after all.
-            missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the
-                other ranks (with reduce="owned").
+            max_skips: How many steps in a row may be skipped before it raises.
+            missing_grad: "raise" where only some ranks have a gradient, or, with reduce="owned",
+                take "zero" for the others.
             wave_bytes: Bytes of momentum that one rank fetches at a time, which bounds the
                 exchange's buffers; a single larger matrix is fetched whole.
             check_desync_every: Compare a checksum of all parameters over the ranks before every
@@ -121,6 +122,7 @@ class Muon(torch.optim.Optimizer):
             "ns_coefficients": ns_coefficients,
             "eps": eps,
             "ns_steps": ns_steps,
+            "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
             "betas": betas,
         }
@@ -275,11 +277,9 @@ class Muon(torch.optim.Optimizer):
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
         """This rank's plan for each flat buffer of matrices; may be read before the first step."""
-        rank = self._communicator.rank
+        rank, wave_numel = self._communicator.rank, self._policy.wave_numel
         owned = [spec.ownership for spec in self._specify() if spec.ownership is not None]
-        return tuple(
-            build_plan(ownership, rank, wave_numel=self._policy.wave_numel) for ownership in owned
-        )
+        return tuple(build_plan(each, rank, wave_numel=wave_numel) for each in owned)
 
     def report(self) -> Report:
         """What this rank has done so far. Never a collective.

@@ -17,6 +17,7 @@ ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
 Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip"]
 MissingGrad = Literal["raise", "zero"]
+NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class GroupOptions:
         nesterov: Whether Muon looks ahead.
         ns_coefficients: Newton-Schulz coefficients: a preset's name, a triple or several.
         ns_steps: Newton-Schulz iterations; None takes the preset's own number.
+        ns_dtype: Dtype of the Newton-Schulz products by name; None chooses by device and shape.
         adjust_lr_fn: Shape scaling of Muon's update.
         betas: AdamW's moment decays.
         eps: AdamW's denominator offset.
@@ -43,6 +45,7 @@ class GroupOptions:
     nesterov: bool
     ns_coefficients: Coefficients
     ns_steps: int | None
+    ns_dtype: NsDtype | None
     adjust_lr_fn: AdjustLrFn
     betas: tuple[float, float]
     eps: float
@@ -130,6 +133,11 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
     nesterov = group["nesterov"]
     if not isinstance(nesterov, bool):
         raise TypeError(f"Invalid {nesterov=} in group {index}. Must be True or False.")
+    ns_dtype = group["ns_dtype"]
+    if ns_dtype is not None and ns_dtype not in get_args(NsDtype):
+        raise ValueError(
+            f"Invalid {ns_dtype=} in group {index}. Must be one of {get_args(NsDtype)} or None."
+        )
     try:
         adjust_lr_factor(group["adjust_lr_fn"], 2, 1)
     except (TypeError, ValueError) as error:
@@ -145,6 +153,7 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         nesterov=nesterov,
         ns_coefficients=group["ns_coefficients"],
         ns_steps=group["ns_steps"],
+        ns_dtype=ns_dtype,
         adjust_lr_fn=group["adjust_lr_fn"],
         betas=(
             _number({"betas[0]": betas[0]}, "betas[0]", index, below=1.0),

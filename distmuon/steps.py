@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from distmuon import update_rules
 from distmuon.buckets import Bucket
-from distmuon.options import GroupOptions
+from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
+
+_DTYPES: dict[NsDtype, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def muon_step(
@@ -85,7 +93,10 @@ def adamw_step(
 
 def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:
     """Polar factor of a momentum [..., m, n], scaled for its shape."""
-    polar = orthogonalize(matrix, coefficients=options.ns_coefficients, steps=options.ns_steps)
+    dtype = None if options.ns_dtype is None else _DTYPES[options.ns_dtype]
+    polar = orthogonalize(
+        matrix, coefficients=options.ns_coefficients, steps=options.ns_steps, dtype=dtype
+    )
     rows, cols = matrix.shape[-2:]
     return polar.mul_(update_rules.adjust_lr_factor(options.adjust_lr_fn, rows, cols))
 

@@ -127,6 +127,19 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     assert (report.newton_schulz_calls, report.newton_schulz_expected) == (3, 3)
 
 
+def test_ns_dtype_is_the_dtype_of_the_products() -> None:
+    outcome = []
+    for ns_dtype in (None, "float32", "bfloat16"):
+        (matrix,) = parameters((48, 48))
+        optimizer = Muon([matrix], lr=1.0, weight_decay=0.0, ns_dtype=ns_dtype)  # type: ignore[arg-type]
+        give_gradients([matrix], 0)
+        optimizer.step()
+        outcome.append(matrix.detach() - parameters((48, 48))[0].detach())
+    default, single, half = outcome
+    assert torch.equal(default, single)
+    assert 1e-4 < float((half - single).norm() / single.norm()) < 0.1
+
+
 def test_closure_is_called_with_gradients_enabled() -> None:
     (matrix,) = parameters((4, 4))
     optimizer = Muon([matrix])
@@ -260,6 +273,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Muon([MATRIX], momentum=1.0), ValueError, "Invalid momentum"),
     (lambda: Muon([MATRIX], weight_decay=-0.1), ValueError, "Invalid weight_decay"),
     (lambda: Muon([MATRIX], nesterov=1), TypeError, "Invalid nesterov"),  # type: ignore[arg-type]
+    (lambda: Muon([MATRIX], ns_dtype="bf16"), ValueError, "ns_dtype"),  # type: ignore[arg-type]
     (lambda: Muon([MATRIX], ns_steps=0), ValueError, "ns_steps"),
     (lambda: Muon([MATRIX], ns_steps=2.5), TypeError, "ns_steps"),  # type: ignore[arg-type]
     (lambda: Muon([MATRIX], ns_coefficients="keler"), ValueError, "keller"),
