@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmuon.collectives import Communicator
 from distmuon.exchange import Exchange
-from distmuon.layout import Layout, TensorSpec
+from distmuon.layout import Layout, LayoutKind, TensorSpec, flat_layout
 from distmuon.options import Algorithm, GroupOptions
 from distmuon.ownership import Ownership, assign
 from distmuon.plan import ExchangePlan, build_plan, describe
@@ -95,7 +95,10 @@ class Bucket:
 
 
 def specify(
-    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], world_size: int
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Tensor, str],
+    world_size: int,
+    kind: LayoutKind,
 ) -> list[BucketSpec]:
     """Decide the buckets, their order and their owners. Nothing is allocated.
 
@@ -103,6 +106,7 @@ def specify(
         groups: `param_groups`.
         names: FQN of each parameter.
         world_size: Ranks to cut each buffer over.
+        kind: Layout of Muon's buffers; elementwise rules are always flat.
 
     Returns:
         One spec per (algorithm, dtype, device): AdamW's first, then in order of appearance.
@@ -116,8 +120,8 @@ def specify(
     # AdamW first: its parameters travel while Newton-Schulz is computing.
     for (algorithm, _, _), entries in sorted(members.items(), key=lambda m: m[0][0] == "muon"):
         tensors = [TensorSpec(names[p], tuple(p.shape)) for _, p in entries]
-        ownership = assign(tensors, world_size) if algorithm == "muon" else None
-        layout = ownership.layout if ownership else Layout(tuple(tensors), world_size)
+        ownership = assign(tensors, world_size, layout=kind) if algorithm == "muon" else None
+        layout = ownership.layout if ownership else flat_layout(tensors, world_size)
         order = ownership.order if ownership else range(len(entries))
         result.append(
             BucketSpec(

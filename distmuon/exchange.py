@@ -41,6 +41,10 @@ class Exchange:
         for wave in plan.waves:
             for transfer in wave.incoming:
                 self._fetched[transfer.segment.tensor].append(transfer)
+        self._counts = [
+            tuple(peer_counts(t, communicator.world_size) for t in (wave.outgoing, wave.incoming))
+            for wave in plan.waves
+        ]
         self._incoming: Tensor | None = None
 
     def gather(self, update: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -55,19 +59,19 @@ class Exchange:
             it may be a view of `update`.
         """
         waves = self._plan.waves
-        arriving = self._fetch(waves[0], update) if waves else None
+        arriving = self._fetch(0, update) if waves else None
         for tensor in self._plan.local:
             yield tensor, self._assemble(tensor, update)
         returning: tuple[Wave, Pending] | None = None
         for index, wave in enumerate(waves):
             assert arriving is not None, "fetched in the round before"
             self._incoming = arriving.wait()
-            arriving = self._fetch(waves[index + 1], update) if index + 1 < len(waves) else None
+            arriving = self._fetch(index + 1, update) if index + 1 < len(waves) else None
             for tensor in wave.tensors:
                 yield tensor, self._assemble(tensor, update)
             if returning is not None:
                 self._deliver(*returning, update)
-            returning = wave, self._return(wave, self._incoming)
+            returning = wave, self._return(index, self._incoming)
         if returning is not None:
             self._deliver(*returning, update)
         self._incoming = None
@@ -90,22 +94,17 @@ class Exchange:
             piece = flat[segment.tensor_start :][: segment.numel]
             self._incoming[fetched.buffer_start :][: segment.numel].copy_(piece)
 
-    def _fetch(self, wave: Wave, update: Tensor) -> Pending:
-        pieces = [update[t.segment.shard_start :][: t.segment.numel] for t in wave.outgoing]
+    def _fetch(self, index: int, update: Tensor) -> Pending:
+        outgoing = self._plan.waves[index].outgoing
+        pieces = [update[t.segment.shard_start :][: t.segment.numel] for t in outgoing]
         send = torch.cat(pieces) if pieces else update.new_empty(0)
-        return self._message(send, wave.outgoing, wave.incoming, kind="gather")
+        to, source = self._counts[index]
+        return self._communicator.exchange(send, to, source, kind="gather")
 
-    def _return(self, wave: Wave, incoming: Tensor) -> Pending:
+    def _return(self, index: int, incoming: Tensor) -> Pending:
         # The buffer of fetched pieces serves twice: `scatter` has put their updates in their place.
-        return self._message(incoming, wave.incoming, wave.outgoing, kind="scatter")
-
-    def _message(
-        self, send: Tensor, to: tuple[Transfer, ...], source: tuple[Transfer, ...], *, kind: str
-    ) -> Pending:
-        world_size = self._communicator.world_size
-        return self._communicator.exchange(
-            send, peer_counts(to, world_size), peer_counts(source, world_size), kind=kind
-        )
+        source, to = self._counts[index]
+        return self._communicator.exchange(incoming, to, source, kind="scatter")
 
     def _deliver(self, wave: Wave, pending: Pending, out: Tensor) -> None:
         received = pending.wait()

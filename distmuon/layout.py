@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+LayoutKind = Literal["flat", "aligned"]
 
 # [Note: alignment] Tensors and shards start on multiples of 16 elements, 64 bytes in fp32. Without
 # it a parameter's address, and with it the kernel a matrix product picks, would depend on the
@@ -55,25 +60,15 @@ class Layout:
 
     Attributes:
         specs: The tensors in flat order.
+        offsets: Start of each tensor in the flat buffer, in elements; ascending.
         world_size: Number of shards.
-        offsets: Start of each tensor in the flat buffer, in elements; derived.
-        shard_numel: Elements per shard, the same for every rank; derived.
+        shard_numel: Elements per shard, the same for every rank.
     """
 
     specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
     world_size: int
-    offsets: tuple[int, ...] = field(init=False)
-    shard_numel: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise ValueError(f"Invalid world_size={self.world_size}. Must be >= 1.")
-        offsets, end = [], 0
-        for spec in self.specs:
-            offsets.append(end)
-            end += _align(spec.numel)
-        object.__setattr__(self, "offsets", tuple(offsets))
-        object.__setattr__(self, "shard_numel", _align(-(-end // self.world_size)))
+    shard_numel: int
 
     @property
     def numel(self) -> int:
@@ -100,6 +95,45 @@ class Layout:
             pieces.append(Segment(tensor, rank, position, shard_start, length))
             position += length
         return tuple(pieces)
+
+
+def flat_layout(specs: Sequence[TensorSpec], world_size: int) -> Layout:
+    """Tensors end to end, cut into equal shards wherever the cuts fall.
+
+    Args:
+        specs: The tensors in flat order.
+        world_size: Number of shards.
+
+    Returns:
+        The layout; it is padded by less than `world_size * ALIGNMENT` elements at its end.
+
+    Raises:
+        ValueError: if `world_size` is below 1.
+    """
+    if world_size < 1:
+        raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
+    ends = list(accumulate((_align(spec.numel) for spec in specs), initial=0))
+    shard_numel = _align(-(-ends[-1] // world_size))
+    return Layout(tuple(specs), tuple(ends[:-1]), world_size, shard_numel)
+
+
+def aligned_layout(bins: Sequence[Sequence[TensorSpec]]) -> Layout:
+    """Whole tensors in every shard: nothing is cut, and shards are padded to the largest.
+
+    Args:
+        bins: The tensors of each rank.
+
+    Returns:
+        The layout.
+    """
+    sizes = [sum(_align(spec.numel) for spec in members) for members in bins]
+    shard_numel = max(sizes)
+    offsets: list[int] = []
+    for rank, members in enumerate(bins):
+        ends = accumulate((_align(spec.numel) for spec in members), initial=rank * shard_numel)
+        offsets.extend(list(ends)[:-1])
+    specs = tuple(spec for members in bins for spec in members)
+    return Layout(specs, tuple(offsets), len(bins), shard_numel)
 
 
 def _align(numel: int) -> int:

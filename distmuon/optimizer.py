@@ -19,6 +19,7 @@ from distmuon.group_check import (
     merge_groups,
     name_parameters,
 )
+from distmuon.layout import LayoutKind
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
@@ -59,6 +60,7 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: NsDtype | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         process_group: ProcessGroup | None = None,
+        layout: LayoutKind = "flat",
         reduce: Reduce = "ddp",
         nonfinite: NonFinite = "raise",
         max_skips: int = 10,
@@ -82,9 +84,11 @@ class Muon(torch.optim.Optimizer):
                 zero update, and scale does not matter.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
-            ns_dtype: Dtype of the Newton-Schulz products, "bfloat16" say; None: fp32 on CPUs.
+            ns_dtype: Dtype of the Newton-Schulz products; None: fp32 on CPUs.
             betas: AdamW's moment decays.
             process_group: Data-parallel ranks to shard over; None for one process.
+            layout: "flat" cuts equal shards and moves what drifted over a border; "aligned" moves
+                nothing and pads the shards to the largest.
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
                 DistributedDataParallel does. "hook": a DDP hook sends each rank only its range
                 (call `attach(ddp_model)`). "owned": no DDP, the optimizer's own hooks
@@ -92,13 +96,10 @@ class Muon(torch.optim.Optimizer):
             nonfinite: What a NaN or infinity in any rank's gradient does: "raise" on every rank,
                 or "skip" the step on every rank. Nothing has been changed in either case.
             max_skips: How many steps in a row may be skipped before it raises.
-            missing_grad: "raise" where only some ranks have a gradient, or, with reduce="owned",
-                take "zero" for the others.
-            wave_bytes: Bytes of momentum that one rank fetches at a time, which bounds the
-                exchange's buffers; a single larger matrix is fetched whole.
+            missing_grad: Of some ranks: "raise", or "zero" there (with reduce="owned").
+            wave_bytes: Bytes of momentum that one rank fetches at a time; bounds the buffers.
             check_desync_every: Compare a checksum of all parameters over the ranks before every
-                so many updates, and name the ranks that differ; 0 never does. Each update
-                publishes every parameter anew, so a difference lives for one step: 1 sees all.
+                so many updates, and name the ranks that differ; 0 only before the first.
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
@@ -106,7 +107,7 @@ class Muon(torch.optim.Optimizer):
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
         self._policy = Policy(
-            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every
+            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, layout
         )
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
@@ -202,13 +203,12 @@ class Muon(torch.optim.Optimizer):
     def attach(self, model: nn.Module) -> None:
         """Let the optimizer average the gradients of a model, as `reduce` says. A collective.
 
-        Call it once, after the model is on its device and before the first backward pass. With
-        "hook" the model is the DistributedDataParallel wrapper; `p.grad` then keeps the rank's own
-        gradient. With "owned" it is the bare model; rank 0's weights and buffers go to all ranks,
-        and `p.grad` is freed as it is sent. Clip with `clip_grad_norm_` in both.
+        Call it once, after the model is on its device and before the first backward pass.
 
         Args:
-            model: The model whose parameters are in the groups.
+            model: With "hook" the DistributedDataParallel wrapper; `p.grad` then keeps the rank's
+                own gradient. With "owned" the bare model; rank 0's weights and buffers go to all
+                ranks, and `p.grad` is freed as it is sent.
 
         Raises:
             RuntimeError: if it is attached already, or the ranks' setups differ.
@@ -230,8 +230,7 @@ class Muon(torch.optim.Optimizer):
         """Accumulate gradients without sending them, for all micro-batches but the last.
 
         Returns:
-            A context for forward and backward, for reduce="owned". With "hook" or "ddp" use that
-            of DistributedDataParallel.
+            A context for forward and backward; with "hook" or "ddp" use DDP's own.
 
         Raises:
             RuntimeError: if the gradients are not the optimizer's to send.
@@ -250,16 +249,16 @@ class Muon(torch.optim.Optimizer):
             set_to_none: As in torch.
         """
         super().zero_grad(set_to_none)
-        if self._engine is not None:
+        if self._engine:
             self._engine.source.clear()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the averaged gradients so that their norm over all parameters is at most this.
 
-        Right for every `reduce`, where torch's function would see one rank's gradients only. The
-        norms are kept for `report()`, Muon's and AdamW's apart. A non-finite norm leaves the
-        gradients alone: `step` finds and names the parameter. A collective; call it on every rank.
+        Right for every `reduce`; torch's function would see one rank's gradients only. `report()`
+        has the norms, Muon's and AdamW's apart. A non-finite norm leaves the gradients alone:
+        `step` names the parameter. A collective.
 
         Args:
             max_norm: Largest norm; infinity only measures.
@@ -276,7 +275,7 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
-        """This rank's plan for each flat buffer of matrices; may be read before the first step."""
+        """This rank's plan for each flat buffer of matrices, also before the first step."""
         rank, wave_numel = self._communicator.rank, self._policy.wave_numel
         owned = [spec.ownership for spec in self._specify() if spec.ownership is not None]
         return tuple(build_plan(each, rank, wave_numel=wave_numel) for each in owned)
@@ -369,7 +368,8 @@ class Muon(torch.optim.Optimizer):
     def _specify(self) -> list[BucketSpec]:
         if self._engine is not None:
             return [bucket.spec for bucket in self._engine.buckets]
-        return specify(self.param_groups, self._names, self._communicator.world_size)
+        world_size, layout = self._communicator.world_size, self._policy.layout
+        return specify(self.param_groups, self._names, world_size, layout)
 
     def _ready(self) -> Engine:
         needs_model = self._policy.reduce != "ddp" and self._communicator.world_size > 1

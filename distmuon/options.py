@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
+from distmuon.layout import LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
@@ -69,6 +70,7 @@ class Policy:
         missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the others.
         wave_bytes: Bytes of momentum that one rank fetches at a time.
         check_desync_every: Steps between two comparisons of all parameters; 0 for never.
+        layout: Where Muon's matrices lie: "flat" or "aligned".
 
     Raises:
         ValueError: for a value out of range.
@@ -81,6 +83,7 @@ class Policy:
     missing_grad: MissingGrad
     wave_bytes: int
     check_desync_every: int
+    layout: LayoutKind
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -88,6 +91,7 @@ class Policy:
             ("reduce", get_args(Reduce)),
             ("nonfinite", get_args(NonFinite)),
             ("missing_grad", get_args(MissingGrad)),
+            ("layout", get_args(LayoutKind)),
         ):
             value = getattr(self, key)
             if value not in allowed:

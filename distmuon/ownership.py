@@ -18,7 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distmuon.layout import Layout, TensorSpec
+from distmuon.layout import Layout, LayoutKind, TensorSpec, aligned_layout, flat_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +78,45 @@ def newton_schulz_cost(shape: Sequence[int], steps: int = 5) -> int:
     return math.prod(shape[:-2]) * steps * (4 * m * m * n + 2 * m**3)
 
 
-def assign(specs: Sequence[TensorSpec], world_size: int) -> Ownership:
-    """Balance the tensors over the ranks and order them so that almost nothing has to move.
+def assign(
+    specs: Sequence[TensorSpec], world_size: int, *, layout: LayoutKind = "flat"
+) -> Ownership:
+    """Balance the tensors over the ranks and lay them out.
 
     Args:
         specs: Muon tensors in the caller's order.
         world_size: Number of ranks.
+        layout: "flat" balances work, cuts equal shards without padding, and moves what drifted over
+            a border; "aligned" keeps every tensor whole at its owner, so that nothing moves, and
+            pads the shards to the largest.
 
     Returns:
-        The layout in its drift-bounded order with one owner per tensor.
+        The layout in its own order with one owner per tensor.
 
     Raises:
         ValueError: if `world_size` is below 1.
     """
     costs = [newton_schulz_cost(spec.shape) for spec in specs]
+    if layout == "aligned":
+        # Both what a rank computes and what it holds count: the larger share sets the pace, or the
+        # padding. In integers, so that every rank agrees.
+        total_cost, total_numel = sum(costs), sum(spec.numel for spec in specs)
+        costs = [
+            cost * total_numel + spec.numel * total_cost
+            for cost, spec in zip(costs, specs, strict=True)
+        ]
     bins = balance(costs, world_size)
-    sizes = [sum(specs[i].numel for i in members) for members in bins]
-    order: list[int] = []
-    owners: list[int] = []
-    for rank, chosen in enumerate(drift_bounded_order(sizes)):
-        order.extend(bins[chosen])
-        owners.extend([rank] * len(bins[chosen]))
-    layout = Layout(tuple(specs[i] for i in order), world_size)
-    return Ownership(layout, tuple(owners), tuple(order))
+    if layout == "flat":
+        sizes = [sum(specs[i].numel for i in members) for members in bins]
+        bins = [bins[chosen] for chosen in drift_bounded_order(sizes)]
+    order = [i for members in bins for i in members]
+    owners = [rank for rank, members in enumerate(bins) for _ in members]
+    placed = (
+        flat_layout([specs[i] for i in order], world_size)
+        if layout == "flat"
+        else aligned_layout([[specs[i] for i in members] for members in bins])
+    )
+    return Ownership(placed, tuple(owners), tuple(order))
 
 
 def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmuon.layout import TensorSpec
+from distmuon.layout import LayoutKind, TensorSpec
 from distmuon.ownership import Ownership, assign
 from distmuon.plan import ExchangePlan, build_plan, describe, digest, peer_counts
 
@@ -27,18 +27,22 @@ wave_numels = st.sampled_from([1, 40, 10**9])
 
 
 def plans_for(
-    chosen: list[tuple[int, ...]], world_size: int, wave_numel: int = 10**9
+    chosen: list[tuple[int, ...]],
+    world_size: int,
+    wave_numel: int = 10**9,
+    layout: LayoutKind = "flat",
 ) -> list[ExchangePlan]:
     specs = [TensorSpec(f"p{i}", shape) for i, shape in enumerate(chosen)]
-    ownership = assign(specs, world_size)
+    ownership = assign(specs, world_size, layout=layout)
     return [build_plan(ownership, rank, wave_numel=wave_numel) for rank in range(world_size)]
 
 
-@given(shapes, world_sizes)
+@given(shapes, world_sizes, st.sampled_from(["flat", "aligned"]))
 def test_every_element_is_held_once_and_every_matrix_has_one_owner(
-    chosen: list[tuple[int, ...]], world_size: int
+    chosen: list[tuple[int, ...]], world_size: int, layout: LayoutKind
 ) -> None:
-    plans = plans_for(chosen, world_size)
+    plans = plans_for(chosen, world_size, layout=layout)
+    assert layout == "flat" or not any(plan.waves for plan in plans), "aligned moves nothing"
     held = [[0] * math.prod(spec.shape) for spec in plans[0].ownership.layout.specs]
     for plan in plans:
         for s in plan.segments:
