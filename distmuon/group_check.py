@@ -128,6 +128,23 @@ def merge_groups(
     return merged
 
 
+def refuse_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse loss scaling where the scaler cannot see the gradients that are used.
+
+    Args:
+        optimizer: One that asks scalers to show themselves (`_step_supports_amp_scaling`).
+
+    Raises:
+        RuntimeError: if a GradScaler calls its step.
+    """
+    if getattr(optimizer, "found_inf", None) is not None:
+        raise RuntimeError(
+            "A GradScaler unscales and inspects p.grad, but with this reduce= mode the averaged "
+            "gradients are elsewhere: they would stay scaled. Train in bfloat16 without a scaler, "
+            'or use reduce="ddp".'
+        )
+
+
 _KEYS = (
     "params",
     "algorithm",

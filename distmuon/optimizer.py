@@ -18,6 +18,7 @@ from distmuon.group_check import (
     list_parameters,
     merge_groups,
     name_parameters,
+    refuse_grad_scaler,
 )
 from distmuon.layout import LayoutKind
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce
@@ -109,6 +110,7 @@ class Muon(torch.optim.Optimizer):
         self._policy = Policy(
             reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, layout
         )
+        self._step_supports_amp_scaling = reduce != "ddp"  # a GradScaler shows itself to step()
         self._communicator = Communicator(process_group)
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None
@@ -196,14 +198,13 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_grad_scaler(self)
         self._keeper.forget_gathered()
         self._ready().step(self.param_groups)
         return loss
 
     def attach(self, model: nn.Module) -> None:
-        """Let the optimizer average the gradients of a model, as `reduce` says. A collective.
-
-        Call it once, after the model is on its device and before the first backward pass.
+        """Let the optimizer average a model's gradients. A collective; call it once, early.
 
         Args:
             model: With "hook" the DistributedDataParallel wrapper; `p.grad` then keeps the rank's
@@ -307,9 +308,7 @@ class Muon(torch.optim.Optimizer):
         )
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather the whole optimizer state on one rank, for `state_dict` there. A collective.
-
-        As in torch's ZeroRedundancyOptimizer. Valid until the next step.
+        """Gather the whole state on one rank, for `state_dict` until the next step. A collective.
 
         Args:
             to: The rank, within the process group, that receives the state in host memory.

@@ -349,6 +349,25 @@ def test_a_nonfinite_gradient_changes_nothing(bad: float, where: int) -> None:
         assert all(torch.equal(bucket.shard.state[k], v) for k, v in kept.items())
 
 
+@pytest.mark.parametrize("reduce", ["ddp", "hook", "owned"])
+def test_a_grad_scaler_works_or_is_refused(reduce: Any) -> None:
+    scaled, plain = parameters((4, 4), (4, 4))
+    plain.data.copy_(scaled.data)
+    optimizer, reference = Muon([scaled], reduce=reduce), Muon([plain])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x = torch.randn(3, 4)
+    scaler.scale((x @ scaled).square().sum()).backward()
+    if reduce != "ddp":
+        with pytest.raises(RuntimeError, match="A GradScaler unscales"):
+            scaler.step(optimizer)
+        return
+    scaler.step(optimizer)
+    scaler.update()
+    (x @ plain).square().sum().backward()
+    reference.step()
+    torch.testing.assert_close(scaled, plain)
+
+
 def test_sparse_gradients_are_refused_by_name() -> None:
     matrix, table = parameters((4, 4), (6, 3))
     optimizer = Muon(
