@@ -204,12 +204,12 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def attach(self, model: nn.Module) -> None:
-        """Let the optimizer average a model's gradients. A collective; call it once, early.
+        """Let the optimizer average a model's gradients, from now on. A collective.
 
         Args:
-            model: With "hook" the DistributedDataParallel wrapper; `p.grad` then keeps the rank's
-                own gradient. With "owned" the bare model; rank 0's weights and buffers go to all
-                ranks, and `p.grad` is freed as it is sent.
+            model: On its device, before its first backward pass. With "hook" the DDP wrapper;
+                `p.grad` then keeps the rank's own gradient. With "owned" the bare model; rank 0's
+                weights and buffers go to all ranks, and `p.grad` is freed as it is sent.
 
         Raises:
             RuntimeError: if it is attached already, or the ranks' setups differ.
