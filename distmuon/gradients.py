@@ -157,6 +157,11 @@ class HookGradients(_ReducedGradients):
     `p.grad` keeps this rank's own, unaveraged gradient.
     """
 
+    def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
+        """Prepare for `attach`."""
+        super().__init__(buckets, communicator)
+        self._unsent: set[Tensor] = set()
+
     @override
     def attach(self, model: nn.Module) -> None:
         """Register the hook.
@@ -176,17 +181,49 @@ class HookGradients(_ReducedGradients):
                 "averages would differ. Give both the same process_group."
             )
         _require_same_parameters(model, self._buckets)
-        model.register_comm_hook(self._reducer, _ddp_hook)
+        method = weakref.WeakMethod(self._on_gradient)
+        for parameter in (p for bucket in self._buckets for p in bucket.spec.parameters):
+            parameter.register_post_accumulate_grad_hook(partial(_call, method))  # type: ignore[no-untyped-call]
+        model.register_comm_hook(self, _ddp_hook)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        self._unsent.add(parameter)
+
+    def send(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Send one of DDP's buckets; DDP calls this after the gradients were accumulated.
+
+        Args:
+            pairs: Parameters and their gradients on this rank.
+        """
+        self._reducer.start(pairs)
+        self._unsent.difference_update(parameter for parameter, _ in pairs)
 
     @override
     def read(self) -> list[Tensor]:
-        """The received averages of this rank's range."""
-        self._reducer.require_reduced(self.present())
+        """The received averages of this rank's range.
+
+        Raises:
+            RuntimeError: if a gradient was accumulated after, or without, being sent.
+        """
+        for bucket in self._buckets:
+            for name, parameter in zip(bucket.spec.names, bucket.spec.parameters, strict=True):
+                if parameter in self._unsent and parameter.grad is not None:
+                    raise RuntimeError(
+                        f"The gradient of {name} was not reduced over the ranks: the last backward "
+                        "pass ran under no_sync(), or went through the bare module instead of the "
+                        "one given to attach()."
+                    )
         return super().read()
 
+    @override
+    def clear(self) -> None:
+        """Drop the received averages."""
+        self._unsent.clear()
+        super().clear()
 
-def _ddp_hook(reducer, bucket):  # type: ignore[no-untyped-def]  # DDP refuses string annotations
-    reducer.start(list(zip(bucket.parameters(), bucket.gradients(), strict=True)))
+
+def _ddp_hook(source, bucket):  # type: ignore[no-untyped-def]  # DDP refuses string annotations
+    source.send(list(zip(bucket.parameters(), bucket.gradients(), strict=True)))
     buffer = bucket.buffer()
     # Done as far as DDP is concerned: `start` has copied what it sends, and nobody reads the
     # unaveraged buffer.

@@ -32,7 +32,6 @@ class Reducer:
         self._plans: dict[tuple[Member, ...], ReductionPlan] = {}
         self._flying: dict[tuple[Member, ...], tuple[ReductionPlan, Pending]] = {}
         self._grads: list[Tensor] | None = None
-        self._reduced: set[Member] = set()
 
     def start(self, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Send gradients on their way; parameters that are not in the optimizer are ignored.
@@ -58,7 +57,6 @@ class Reducer:
         if replaced is not None:
             replaced[1].wait()
         self._flying[members] = (plan, pending)
-        self._reduced.update(members)
 
     def finish(self) -> list[Tensor]:
         """Wait for everything that was sent.
@@ -78,24 +76,8 @@ class Reducer:
         self._flying = {}
         return self._grads
 
-    def require_reduced(self, present: Sequence[Sequence[bool]]) -> None:
-        """Refuse gradients that never went through `start`.
-
-        Raises:
-            RuntimeError: naming the first.
-        """
-        for bucket, (spec_present, opened) in enumerate(zip(present, self._buckets, strict=True)):
-            for tensor, has in enumerate(spec_present):
-                if has and Member(bucket, tensor) not in self._reduced:
-                    raise RuntimeError(
-                        f"The gradient of {opened.spec.names[tensor]} was never reduced over the "
-                        "ranks: the last backward pass ran under no_sync(), or went through the "
-                        "bare module instead of the one given to attach()."
-                    )
-
     def drop(self) -> None:
         """Forget this step's gradients; messages in flight are waited for first."""
         for _, pending in self._flying.values():
             pending.wait()
         self._flying, self._grads = {}, None
-        self._reduced.clear()

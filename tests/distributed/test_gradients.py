@@ -287,6 +287,15 @@ def test_i7_parameters_that_some_or_no_ranks_used(
         assert bool(message) == bool(error)
 
 
+def _step_after_no_sync(given: dict[str, Tensor], *, first: Literal["synced", "none"]) -> None:
+    _, wrapped, optimizer = make("hook", dist.group.WORLD)
+    if first == "synced":
+        wrapped(given).backward()
+    with cast(Any, wrapped).no_sync():
+        wrapped(given).backward()
+    optimizer.step()
+
+
 def misuse(case: str) -> str:
     group = dist.group.WORLD
     given = gradients(0, dist.get_rank(), dist.get_world_size())
@@ -305,11 +314,8 @@ def misuse(case: str) -> str:
             _, wrapped, optimizer = make("hook", group, attach="no")
             wrapped(given).backward()
             optimizer.step()
-        elif case == "all under no_sync":
-            _, wrapped, optimizer = make("hook", group)
-            with cast(Any, wrapped).no_sync():
-                wrapped(given).backward()
-            optimizer.step()
+        elif case in ("all under no_sync", "no_sync last"):
+            _step_after_no_sync(given, first="synced" if case == "no_sync last" else "none")
         elif case == "second backward":
             _, wrapped, optimizer = make("owned", group)
             wrapped(given).backward()
@@ -332,6 +338,7 @@ def misuse(case: str) -> str:
         ("attached twice", "RuntimeError: A model is attached already"),
         ("not attached", 'RuntimeError: reduce="hook" averages the gradients itself: call'),
         ("all under no_sync", "RuntimeError: The gradient of"),
+        ("no_sync last", "RuntimeError: The gradient of"),
         ("second backward", "RuntimeError: A parameter got a second gradient"),
         ("another model", "is trainable but not in the optimizer"),
         ("missing_grad", 'ValueError: missing_grad="zero" needs reduce="owned"'),
