@@ -25,8 +25,9 @@ class Report:
         newton_schulz_expected: Owned parameters that had a gradient, summed over the steps.
         bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
             matrices, "reduce" of gradients (hook and owned only), "publish" of parameters, "agree"
-            on which gradients exist and are finite.
-        gradient_norms: Before the last clipping, Muon's and AdamW's apart; NaN before the first.
+            on whether and how to step, "consolidate" of state.
+        gradient_norms: Before the last clipping, Muon's and AdamW's apart; NaN before the first
+            clipping, None before the first step.
         state_bytes: Optimizer state on this rank, fp32 master weights included.
         muon_parameters: Elements updated by Muon in the whole model.
         adamw_parameters: Elements updated by AdamW in the whole model.

@@ -69,6 +69,25 @@ def test_llama_shapes_are_balanced_and_almost_nothing_moves(
     assert moved <= most_moved * sum(spec.numel for spec in specs)
 
 
+@pytest.mark.parametrize(
+    ("specs", "world_size", "most_load", "most_padding"),
+    [
+        (llama(32, 4096, 11008, 4096), 8, 1.001, 0.001),
+        (llama(32, 4096, 11008, 4096), 64, 1.013, 0.058),
+        (llama(80, 8192, 28672, 1024), 64, 1.038, 0.020),
+    ],
+)
+def test_aligned_llama_shapes_are_balanced_and_padded_as_documented(
+    specs: list[TensorSpec], world_size: int, most_load: float, most_padding: float
+) -> None:
+    ownership = assign(specs, world_size, layout="aligned")
+    load = [0] * world_size
+    for spec, owner in zip(ownership.layout.specs, ownership.owners, strict=True):
+        load[owner] += newton_schulz_cost(spec.shape)
+    assert max(load) * world_size <= most_load * sum(load)
+    assert ownership.layout.numel <= (1 + most_padding) * sum(spec.numel for spec in specs)
+
+
 def test_order_refers_to_the_callers_sequence() -> None:
     specs = llama(2, 64, 160, 32)
     ownership = assign(specs, 3)
