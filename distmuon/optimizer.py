@@ -24,7 +24,7 @@ from distmuon.layout import LayoutKind
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
-from distmuon.report import Report
+from distmuon.report import Report, make_report
 from distmuon.state_io import StateKeeper
 from distmuon.update_rules import AdjustLrFn
 
@@ -287,25 +287,7 @@ class Muon(torch.optim.Optimizer):
         Returns:
             Counts of matrices, Newton-Schulz calls and bytes.
         """
-        specs = self._specify()
-        muon = [spec for spec in specs if spec.algorithm == "muon"]
-        owners = [owner for spec in muon if spec.ownership for owner in spec.ownership.owners]
-        engine = self._engine
-        return Report(
-            steps=engine.steps if engine else 0,
-            skipped=engine.skipped if engine else 0,
-            rank=self._communicator.rank,
-            world_size=self._communicator.world_size,
-            matrices=len(owners),
-            matrices_owned=owners.count(self._communicator.rank),
-            newton_schulz_calls=engine.calls if engine else 0,
-            newton_schulz_expected=engine.expected if engine else 0,
-            bytes_sent=dict(self._communicator.bytes_sent),
-            gradient_norms=engine.norms if engine else None,
-            state_bytes=sum(bucket.shard.state_bytes for bucket in self._buckets()),
-            muon_parameters=sum(spec.numel for spec in muon),
-            adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),
-        )
+        return make_report(self._specify(), self._communicator, self._engine)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the whole state on one rank, for `state_dict` until the next step. A collective.

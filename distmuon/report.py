@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from typing_extensions import override
 
+from distmuon.buckets import BucketSpec
+from distmuon.collectives import Communicator
+from distmuon.engine import Engine
 from distmuon.gradients import GradientNorms
 
 
@@ -58,3 +61,35 @@ class Report:
             f"{self.muon_parameters:,} elements by Muon, {self.adamw_parameters:,} by AdamW; "
             f"state {self.state_bytes:,} bytes; bytes sent per step: {sent or 'none'}"
         )
+
+
+def make_report(
+    specs: Sequence[BucketSpec], communicator: Communicator, engine: Engine | None
+) -> Report:
+    """Read the counts. Never a collective.
+
+    Args:
+        specs: What the optimizer updates.
+        communicator: What has been sent.
+        engine: What has been done; None before the first step.
+
+    Returns:
+        This rank's report.
+    """
+    muon = [spec for spec in specs if spec.algorithm == "muon"]
+    owners = [owner for spec in muon if spec.ownership for owner in spec.ownership.owners]
+    return Report(
+        steps=engine.steps if engine else 0,
+        skipped=engine.skipped if engine else 0,
+        rank=communicator.rank,
+        world_size=communicator.world_size,
+        matrices=len(owners),
+        matrices_owned=owners.count(communicator.rank),
+        newton_schulz_calls=engine.calls if engine else 0,
+        newton_schulz_expected=engine.expected if engine else 0,
+        bytes_sent=dict(communicator.bytes_sent),
+        gradient_norms=engine.norms if engine else None,
+        state_bytes=sum(bucket.shard.state_bytes for bucket in engine.buckets) if engine else 0,
+        muon_parameters=sum(spec.numel for spec in muon),
+        adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),
+    )
