@@ -158,7 +158,7 @@ def _check(fqn: str, parameter: nn.Parameter) -> None:
 # --------------------------------------------------------------------------------------------------
 # The judgement.
 
-_NORM_CLASS = re.compile(r"\w*Norm(\dd)?")
+_NORM_CLASS = re.compile(r"\w*Norm(\dd|Gated)?")
 _EMBEDDING_CLASS = re.compile(r"\w*Embed(der|dings?)?(Bag|Table|Layer)?")
 _EMBEDDING_NAME = re.compile(
     r"(\w*_)?(emb|embed|embeds|embedding|embeddings|embedder|wte|wpe)(_(tokens|positions|in|table))?"
@@ -175,6 +175,7 @@ _FUSED_NAME = re.compile(
     r"\w*qkv\w*|in_proj_weight|c_attn|query_key_value|\w*gate_up\w*|weight_[ih]h_l\w+"
 )
 _LORA_NAME = re.compile(r"lora_\w+")
+_ADAPTER_CLASS = re.compile(r"BaseTunerLayer")
 
 
 def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
@@ -192,6 +193,7 @@ def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
         **_heads_by_name(entries),
         **_declared(model),
     }
+    adapters = _adapter_parts(model)
     moe_paths = frozenset(
         f".{use.fqn}".split(".experts.")[0]
         for entry in entries
@@ -199,7 +201,7 @@ def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
         if ".experts." in f".{use.fqn}"
     )
     return [
-        _by_part(entry)
+        _by_part(entry, adapters)
         or _by_embedding_class(entry)
         or marked.get(id(entry.parameter))
         or _by_embedding_name(entry)
@@ -209,12 +211,24 @@ def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
     ]
 
 
-def _by_part(entry: Entry) -> Verdict | None:
+def _adapter_parts(model: nn.Module) -> frozenset[str]:
+    """The names under which PEFT's layers of whatever method keep what they train."""
+    layers = (m for m in model.modules() if _base_class(m, _ADAPTER_CLASS))
+    return frozenset(name for layer in layers for name in getattr(layer, "adapter_layer_names", ()))
+
+
+def _by_part(entry: Entry, adapters: frozenset[str]) -> Verdict | None:
     """Judge adapters, norms, biases and vectors: what they are does not depend on their module."""
+    # A factor of ones, as IA3 trains it, must not decay to zero.
+    row = entry.parameter.numel() == max(entry.parameter.shape, default=1)
+    adapted: Kind = "vector" if row else "other"
     for use in entry.uses:
-        leaf = use.fqn.rpartition(".")[2]
-        if any(_LORA_NAME.fullmatch(part) for part in use.fqn.split(".")):
-            return Verdict("other", "LoRA factor: orthogonalizing one factor is not Muon on W")
+        parts = use.fqn.split(".")
+        leaf = parts[-1]
+        if any(_LORA_NAME.fullmatch(part) for part in parts):
+            return Verdict(adapted, "LoRA factor: orthogonalizing one factor is not Muon on W")
+        if adapter := next((part for part in parts if part in adapters), None):
+            return Verdict(adapted, f"part of an adapter ({adapter}), no weight matrix")
         if norm := _base_class(use.owner, _NORM_CLASS):
             return Verdict("norm", f"norm ({norm})")
         if leaf.endswith("bias"):
@@ -259,7 +273,8 @@ def _matrix(entry: Entry, moe_paths: frozenset[str]) -> Verdict:
     parent, _, name = f".{first.fqn}".removesuffix(".weight").rpartition(".")
     if len(entry.parameter.shape) == 3:
         count = entry.parameter.shape[0]
-        return Verdict("stack", f"stack of {count} matrices, orthogonalized one by one")
+        fused = ", its fused blocks as one" if _FUSED_NAME.fullmatch(name) else ""
+        return Verdict("stack", f"stack of {count} matrices, orthogonalized one by one{fused}")
     if name in ("router", "gate") and parent in moe_paths:
         return Verdict("matrix", "hidden matrix (MoE router, as Moonlight does)")
     if _FUSED_NAME.fullmatch(name):
