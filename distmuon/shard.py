@@ -65,8 +65,11 @@ class Shard:
         self.steps = [0] * len(parameters)
         first = parameters[0]
         self.flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
+        # DLPack gives each view a storage object of its own over the buffer's memory. Whoever takes
+        # parameters of one storage for tied would otherwise save the first and drop the others
+        # (Accelerate's save_state), and torch.save would write the whole buffer for any one.
         self._views = tuple(
-            self.flat[offset : offset + spec.numel].view(spec.shape)
+            torch.from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         )
         self._mine = self.flat.view(layout.world_size, -1)[rank]

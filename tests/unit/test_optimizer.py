@@ -187,6 +187,17 @@ def test_storage_replaced_between_steps_is_taken_in() -> None:
     assert 0 < matrix.abs().max() < 1e-2, "the step started from the new zeros"
 
 
+def test_parameters_in_one_buffer_do_not_look_tied() -> None:
+    # Accelerate's save_state drops all but one of the tensors that share a storage.
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = Muon([model[0].weight, model[1].weight])
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    first, second = model[0].weight, model[1].weight
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert first.untyped_storage().nbytes() == 4 * first.numel()
+
+
 def test_values_written_into_bf16_parameters_are_taken_in() -> None:
     matrix = nn.Parameter(torch.randn(6, 6).bfloat16())
     optimizer = Muon([matrix], weight_decay=0.0)
