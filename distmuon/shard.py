@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from distmuon.collectives import Communicator, Pending
 from distmuon.layout import Layout
@@ -69,7 +70,7 @@ class Shard:
         # parameters of one storage for tied would otherwise save the first and drop the others
         # (Accelerate's save_state), and torch.save would write the whole buffer for any one.
         self._views = tuple(
-            torch.from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
+            from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         )
         self._mine = self.flat.view(layout.world_size, -1)[rank]
