@@ -62,6 +62,7 @@ class Engine:
         self.source: GradientSource = make_source(policy.reduce, self.buckets, communicator)
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
         self.steps = self.skipped = self.calls = self.expected = self._skipped_in_a_row = 0
+        self._averages_unchecked = policy.reduce == "ddp"
 
     def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Update every parameter that has a gradient, on all ranks together.
@@ -138,7 +139,7 @@ class Engine:
         return torch.tensor(total, dtype=torch.float32, device=self.buckets[0].shard.master.device)
 
     def check_averaged(self) -> Engine:
-        """Refuse gradients in `p.grad` that nobody averaged. A collective.
+        """Refuse gradients in `p.grad` that nobody averaged, once. A collective.
 
         Returns:
             The engine itself.
@@ -146,10 +147,12 @@ class Engine:
         Raises:
             RuntimeError: on every rank, naming the first parameter.
         """
-        if self._communicator.world_size > 1:
+        # Not at opening: loading a checkpoint opens before there are gradients.
+        if self._communicator.world_size > 1 and self._averages_unchecked:
             parameters = [p for bucket in self.buckets for p in bucket.spec.parameters]
             norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
             agreement.check_averaged(self._communicator, self._names(), norms)
+            self._averages_unchecked = False
         return self
 
     def _names(self) -> list[str]:

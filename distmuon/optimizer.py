@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -223,8 +223,7 @@ class Muon(torch.optim.Optimizer):
             )
         if self._attached:
             raise RuntimeError("A model is attached already. Build a new optimizer for another.")
-        engine = self._engine if self._engine is not None else self._open()
-        engine.source.attach(model)
+        self._open().source.attach(model)
         self._attached = True
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -280,6 +279,26 @@ class Muon(torch.optim.Optimizer):
         rank, wave_numel = self._communicator.rank, self._policy.wave_numel
         owned = [spec.ownership for spec in self._specify() if spec.ownership is not None]
         return tuple(build_plan(each, rank, wave_numel=wave_numel) for each in owned)
+
+    @property
+    def communicator(self) -> Communicator:
+        """The ranks that the state is sharded over."""
+        return self._communicator
+
+    @property
+    def parameter_names(self) -> Mapping[Tensor, str]:
+        """FQN of each parameter, in the order of the groups."""
+        return self._names
+
+    def open(self, mode: Literal["read", "write"] = "read") -> Sequence[Bucket]:
+        """The live buffers, for checkpoints; allocated as at the first step. A collective.
+
+        Args:
+            mode: "write" if the state will be replaced: what was gathered of it is forgotten.
+        """
+        if mode == "write":
+            self._keeper.forget_gathered()
+        return self._open().buckets
 
     def report(self) -> Report:
         """What this rank has done so far. Never a collective.
@@ -359,14 +378,14 @@ class Muon(torch.optim.Optimizer):
                 f'reduce="{self._policy.reduce}" averages the gradients itself: call '
                 "attach(model) once, before the first backward pass."
             )
-        if self._engine is not None:
-            return self._engine
         return self._open().check_averaged()
 
     def _open(self) -> Engine:
-        self._engine = Engine(self._specify(), self.param_groups, self._policy, self._communicator)
-        self._keeper.deliver(self._engine.buckets)
-        self._mark_state()
+        if self._engine is None:
+            engine = Engine(self._specify(), self.param_groups, self._policy, self._communicator)
+            self._keeper.deliver(engine.buckets)
+            self._engine = engine
+            self._mark_state()
         return self._engine
 
     def _mark_state(self) -> None:

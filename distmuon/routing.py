@@ -99,7 +99,7 @@ def find_parameters(model: nn.Module) -> list[Entry]:
     parameters: dict[int, nn.Parameter] = {}
     uses: dict[int, list[Use]] = defaultdict(list)
     named: dict[str, int] = {}
-    for path, module, owner in _walk(model):
+    for path, module, owner in walk_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             fqn = f"{path}.{leaf}" if path else leaf
             _check(fqn, parameter)
@@ -115,7 +115,7 @@ def find_parameters(model: nn.Module) -> list[Entry]:
     return [Entry(parameters[key], tuple(places)) for key, places in uses.items()]
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Yield each module's canonical path, itself, and the module its parameters belong to."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():

@@ -40,6 +40,7 @@ class Shard:
         layout: Where the parameters lie.
         parameters: The parameters, in flat order.
         flat: [layout.numel], the parameters' dtype; every parameter is a view of it.
+        mine: [layout.shard_numel], this rank's range of `flat`.
         master: [layout.shard_numel], fp32 or wider; this rank's range of the parameters.
         state: Named state, each [layout.shard_numel] in the dtype of `master`, zeros at first.
         steps: How often each parameter has been updated.
@@ -73,10 +74,10 @@ class Shard:
             from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         )
-        self._mine = self.flat.view(layout.world_size, -1)[rank]
+        self.mine = self.flat.view(layout.world_size, -1)[rank]
         self._adopt_storage()
         dtype = torch.promote_types(first.dtype, torch.float32)
-        self.master = self._mine.to(dtype)  # shares storage when the dtype is already wide enough
+        self.master = self.mine.to(dtype)  # shares storage when the dtype is already wide enough
         self.state = {name: torch.zeros_like(self.master) for name in state_names}
 
     def adopt(self) -> None:
@@ -91,8 +92,8 @@ class Shard:
         """
         self._adopt_storage()
         if self.master.dtype != self.flat.dtype:
-            written = self._mine != self.master.to(self.flat.dtype)
-            self.master.copy_(torch.where(written, self._mine.to(self.master.dtype), self.master))
+            written = self.mine != self.master.to(self.flat.dtype)
+            self.master.copy_(torch.where(written, self.mine.to(self.master.dtype), self.master))
 
     def _adopt_storage(self) -> None:
         rows = zip(self.layout.specs, self.parameters, self._views, strict=True)
@@ -190,16 +191,19 @@ class Shard:
             The message in flight; the parameters are complete once it has been waited for.
         """
         if self.master.dtype != self.flat.dtype:
-            self._mine.copy_(self.master)
+            self.mine.copy_(self.master)
         return communicator.publish(self.flat)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by name, with the fp32 "master" of narrow parameters."""
+        masters = {} if self.master.dtype == self.flat.dtype else {"master": self.master}
+        return {**self.state, **masters}
 
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank, the fp32 master of narrow parameters included."""
-        held = list(self.state.values())
-        if self.master.dtype != self.flat.dtype:
-            held.append(self.master)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def reset(self) -> None:
         """Forget all state, as before the first step."""

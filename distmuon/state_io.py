@@ -11,7 +11,6 @@ from torch import Tensor
 from distmuon.buckets import STATE_NAMES, Bucket
 from distmuon.collectives import Communicator
 from distmuon.options import Algorithm
-from distmuon.shard import Shard
 
 WholeState = Mapping[str, Any]
 
@@ -131,7 +130,7 @@ def full_state(bucket: Bucket) -> dict[Tensor, dict[str, Any]]:
         For each parameter its number of updates, "step", and its state tensors in its own shape:
         views of the bucket's buffers.
     """
-    return _by_parameter(bucket, _tensors(bucket.shard))
+    return _by_parameter(bucket, bucket.shard.tensors)
 
 
 def gather_full_state(
@@ -148,7 +147,7 @@ def gather_full_state(
         As `full_state`, in host memory and of its own; empty on the other ranks.
     """
     gathered = {
-        name: communicator.gather(tensor, to=to) for name, tensor in _tensors(bucket.shard).items()
+        name: communicator.gather(tensor, to=to) for name, tensor in bucket.shard.tensors.items()
     }
     if communicator.rank != to:
         return {}
@@ -165,7 +164,7 @@ def load_full_state(bucket: Bucket, saved: Mapping[Tensor, WholeState]) -> None:
     """
     shard = bucket.shard
     shard.steps = [int(saved[parameter].get("step", 0)) for parameter in shard.parameters]
-    for name, tensor in _tensors(shard).items():
+    for name, tensor in shard.tensors.items():
         for segment in shard.segments:
             whole = saved[shard.parameters[segment.tensor]].get(name)
             if whole is not None:
@@ -217,8 +216,3 @@ def _by_parameter(bucket: Bucket, flat: Mapping[str, Tensor]) -> dict[Tensor, di
         }
         for parameter, spec, offset, step in rows
     }
-
-
-def _tensors(shard: Shard) -> dict[str, Tensor]:
-    masters = {} if shard.master.dtype == shard.flat.dtype else {"master": shard.master}
-    return {**shard.state, **masters}

@@ -39,7 +39,15 @@ FLOORS = (
 PURE_FLOORS = 3
 TALKING_ROOMS = ("cli", "training", "launch")
 # The main job uses the optimizer as any user does.
-PUBLIC_ROOMS = ("distmuon", "training", "param_groups", "orthogonalize", "update_rules", "report")
+PUBLIC_ROOMS = (
+    "distmuon",
+    "training",
+    "checkpoint",
+    "param_groups",
+    "orthogonalize",
+    "update_rules",
+    "report",
+)
 
 MAX_LINES = 400
 MAX_STATEMENTS = 40

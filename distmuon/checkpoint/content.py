@@ -1,0 +1,178 @@
+"""Which tensors a checkpoint of an optimizer and a model has, and where they lie in memory here.
+
+One list serves both directions: saving writes each place's range to a file, loading reads the same
+range of the same tensor, whatever files it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distmuon.buckets import STATE_NAMES, Bucket
+from distmuon.checkpoint.errors import CheckpointError
+from distmuon.checkpoint.files import dtype_name
+from distmuon.checkpoint.manifest import ParameterEntry, TensorEntry
+from distmuon.optimizer import Muon
+from distmuon.routing import walk_modules
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A range of a tensor, and the memory that it has on this rank.
+
+    Attributes:
+        name: Of the tensor, as in the manifest.
+        shape: Of the whole tensor.
+        start: First element of the range.
+        data: [n], the range; or the whole tensor in its own shape, any strides.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    data: Tensor
+
+    @property
+    def entry(self) -> TensorEntry:
+        """The whole tensor, without pieces."""
+        return TensorEntry(dtype_name(self.data.dtype, self.name), self.shape)
+
+
+def state_places(buckets: Sequence[Bucket]) -> Iterator[Place]:
+    """This rank's ranges of the optimizer's state.
+
+    Args:
+        buckets: The optimizer's.
+
+    Yields:
+        Each range of each state tensor, the fp32 master of narrow parameters included.
+    """
+    for bucket in buckets:
+        names = dict(zip(bucket.spec.parameters, bucket.spec.names, strict=True))
+        for state, flat in bucket.shard.tensors.items():
+            yield from _ranges(bucket, names, f"optimizer/{state}", flat)
+
+
+def parameter_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
+    """This rank's ranges of those of a model's parameters that the optimizer updates.
+
+    Args:
+        buckets: The optimizer's.
+        model: From `model_tensors`.
+
+    Yields:
+        Each range, in the parameters' own dtype.
+    """
+    names = {tensor: name for name, tensor in model.items()}
+    for bucket in buckets:
+        yield from _ranges(bucket, names, "model", bucket.shard.mine)
+
+
+def other_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
+    """The rest of a model, whole: frozen parameters and buffers.
+
+    Args:
+        buckets: The optimizer's; without any it is all of the model.
+        model: From `model_tensors`.
+
+    Yields:
+        Each tensor.
+    """
+    updated = {parameter for bucket in buckets for parameter in bucket.spec.parameters}
+    for name, tensor in model.items():
+        if tensor not in updated:
+            yield Place(f"model/{name}", tuple(tensor.shape), 0, tensor.detach())
+
+
+def _ranges(
+    bucket: Bucket, names: Mapping[Tensor, str], prefix: str, flat: Tensor
+) -> Iterator[Place]:
+    for segment in bucket.shard.segments:
+        parameter = bucket.shard.parameters[segment.tensor]
+        if parameter in names:
+            data = flat[segment.shard_start :][: segment.numel]
+            name = f"{prefix}/{names[parameter]}"
+            yield Place(name, tuple(parameter.shape), segment.tensor_start, data)
+
+
+def model_tensors(model: nn.Module | None) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones once, named without wrappers.
+
+    Args:
+        model: Any module, in DistributedDataParallel or compiled too; or None for nothing.
+
+    Returns:
+        The live tensors by FQN.
+
+    Raises:
+        CheckpointError: for a module with extra state, which is no tensor.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[Tensor] = set()
+    for path, module, _ in walk_modules(model) if model is not None else ():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"{path or type(module).__name__} has extra state (get_extra_state), which a "
+                "checkpoint does not hold. Put it into metadata= or tensors=."
+            )
+        transient = module._non_persistent_buffers_set
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for leaf, tensor in tensors:
+            if leaf not in transient and tensor not in seen:
+                seen.add(tensor)
+                found[f"{path}.{leaf}" if path else leaf] = tensor
+    return found
+
+
+def model_entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Shapes and dtypes of a model's tensors.
+
+    Args:
+        tensors: From `model_tensors`.
+    """
+    return {
+        name: TensorEntry(dtype_name(each.dtype, name), tuple(each.shape))
+        for name, each in tensors.items()
+    }
+
+
+def optimizer_parameters(optimizer: Muon) -> dict[str, ParameterEntry]:
+    """The optimizer's parameters by FQN, in the order of its groups; no step yet.
+
+    Args:
+        optimizer: Before or after its first step.
+    """
+    names = optimizer.parameter_names
+    return {
+        names[parameter]: ParameterEntry(
+            group["algorithm"],
+            dtype_name(parameter.dtype, names[parameter]),
+            tuple(parameter.shape),
+            index,
+            0,
+        )
+        for index, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+
+
+def expected_state(optimizer: Muon) -> dict[str, TensorEntry]:
+    """Every state tensor that a checkpoint of this optimizer has, whole.
+
+    Args:
+        optimizer: Before or after its first step.
+    """
+    expected: dict[str, TensorEntry] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = optimizer.parameter_names[parameter]
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            masters = () if wide == parameter.dtype else ("master",)
+            for state in (*STATE_NAMES[group["algorithm"]], *masters):
+                entry = TensorEntry(dtype_name(wide, name), tuple(parameter.shape))
+                expected[f"optimizer/{state}/{name}"] = entry
+    return expected
