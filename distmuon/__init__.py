@@ -1,9 +1,10 @@
 """Muon with ZeRO-1: one owner orthogonalizes each matrix once, from its whole momentum."""
 
+from distmuon.failure import RankFailure
 from distmuon.optimizer import Muon
 from distmuon.orthogonalize import orthogonalize
 from distmuon.param_groups import build_param_groups
 from distmuon.report import Report
 from distmuon.version import __version__
 
-__all__ = ["Muon", "Report", "__version__", "build_param_groups", "orthogonalize"]
+__all__ = ["Muon", "RankFailure", "Report", "__version__", "build_param_groups", "orthogonalize"]

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon.failure import LIMIT_S, RankFailure, RollCall, Topic, Verdict, explain, within
+
 Payload = TypeVar("Payload")
 
-
 _OLD_ALL_GATHER = "all_gather_into_tensor"
+_PROBE_TAG = 1_000_003  # nobody else's
 
 
 class Pending:
     """A message in flight. Its buffers and handles live until it has been waited for."""
 
     def __init__(
-        self, result: Tensor, works: Sequence[dist.Work | None], *, keep: Tensor | None = None
+        self,
+        communicator: Communicator,
+        topic: Topic,
+        result: Tensor,
+        works: Sequence[dist.Work | None],
+        *,
+        keep: Tensor | None = None,
     ) -> None:
         """Hold on to everything the message needs.
 
         Args:
+            communicator: Who sent it.
+            topic: What it is about.
             result: Where it arrives.
             works: Handles; None where the backend had nothing to do.
             keep: What is being sent, if it is not `result`.
         """
+        self._communicator = communicator
+        self._topic = topic
         self._result = result
         self._works = works
         self._keep = keep
@@ -38,10 +52,14 @@ class Pending:
 
         Returns:
             The result.
+
+        Raises:
+            RankFailure: if it cannot arrive any more.
         """
-        for work in self._works:
-            if work is not None:
-                work.wait()
+        with self._communicator.guarded(self._topic):
+            for work in self._works:
+                if work is not None:
+                    work.wait()
         self._works, self._keep = (), None
         return self._result
 
@@ -50,9 +68,11 @@ class Communicator:
     """A process group, or the lack of one, behind the few operations that distmuon needs.
 
     Without a process group, or with a single rank, every operation returns at once: one rank is
-    the degenerate case of the same path, not a second one.
+    the degenerate case of the same path, not a second one. Every operation raises `RankFailure` if
+    it cannot be completed.
 
     Attributes:
+        step: Number of the step that is being made, from 1, for error messages.
         rank: Rank within the group.
         world_size: Ranks in the group.
         bytes_sent: Payload bytes this rank has sent to other ranks so far, per kind. Collectives
@@ -78,6 +98,103 @@ class Communicator:
         self.rank = 0 if process_group is None else process_group.rank()
         self.world_size = 1 if process_group is None else process_group.size()
         self.bytes_sent: Counter[str] = Counter()
+        self.step = 0
+        self._topic = Topic("setup")
+
+    @contextmanager
+    def during(self, topic: Topic) -> Iterator[None]:
+        """Say what the operations inside are about, those with a topic of their own excepted.
+
+        Args:
+            topic: For the error if one fails.
+        """
+        before, self._topic = self._topic, topic
+        try:
+            yield
+        finally:
+            self._topic = before
+
+    @contextmanager
+    def guarded(self, topic: Topic | None = None) -> Iterator[None]:
+        """Turn a backend's error into one that names step, phase, parameters and missing ranks.
+
+        Args:
+            topic: What is being sent; None for what `during` says.
+
+        Raises:
+            RankFailure: in place of any RuntimeError.
+        """
+        try:
+            yield
+        except RankFailure:
+            raise
+        except RuntimeError as error:
+            topic = topic or self._topic
+            place = f"step {self.step}, {topic}"
+            timed_out = "imed out" in str(error) or "timeout" in str(error)
+            found = within(LIMIT_S, lambda: self._investigate(place, timed_out=timed_out))
+            verdict = found or Verdict((), "unknown", "")
+            explanation = explain(verdict, self.rank, dist.get_process_group_ranks(self._group))
+            raise RankFailure(self.step, topic, verdict, explanation) from error
+
+    def abandon(self, error: Exception) -> None:
+        """Leave the group for good because of an error that only this rank has.
+
+        The other ranks learn of it at once rather than at the process group's timeout.
+
+        Args:
+            error: What they are told.
+        """
+        if self.world_size > 1 and not isinstance(error, RankFailure):
+            notes = getattr(error, "__notes__", [])
+            text = "; ".join([f"{type(error).__name__}: {error}", *notes])
+            within(LIMIT_S, lambda: self._blame_me(text))
+
+    def _blame_me(self, text: str) -> None:
+        roll_call = self._roll_call()
+        roll_call.answer(f"step {self.step}", ())
+        roll_call.blame_me(text)
+        self._close(range(self.world_size))
+
+    def _investigate(self, place: str, *, timed_out: bool) -> Verdict:
+        # gloo closes all connections of a rank whose timeout has run out: they tell nothing then.
+        gone = [] if timed_out else self._find_closed()
+        roll_call = self._roll_call()
+        roll_call.answer(place, gone)
+        self._close([rank for rank in range(self.world_size) if rank not in gone])
+        return roll_call.verdict()
+
+    def _roll_call(self) -> RollCall:
+        assert self._group is not None, "one rank sends nothing that could fail"
+        return RollCall(self._group.get_group_store(), self.rank, self.world_size)
+
+    def _find_closed(self) -> list[int]:
+        """Ranks whose connections are known to be closed; gloo only."""
+        closed = []
+        for rank in self._peers():
+            try:
+                # Announced, never received; on a closed connection it fails at once.
+                dist.isend(torch.zeros(1), group=self._group, group_dst=rank, tag=_PROBE_TAG)
+            except RuntimeError:
+                closed.append(rank)
+        return closed
+
+    def _close(self, ranks: Sequence[int]) -> None:
+        """Close this rank's connections, so that who waits for it notices; gloo only."""
+        for rank in self._peers():
+            if rank not in ranks:
+                continue
+            # The timeout of one message closes the connections to all ranks, in gloo's words so
+            # that "the exception surfaces everywhere". Its abort() does nothing (torch 2.13).
+            with suppress(RuntimeError):
+                nothing = torch.zeros(1)
+                work = dist.irecv(nothing, group=self._group, group_src=rank, tag=_PROBE_TAG + 1)
+                if work is not None:
+                    work.wait(timedelta(milliseconds=1))
+
+    def _peers(self) -> list[int]:
+        gloo = dist.get_backend(self._group) == "gloo"
+        return [r for r in range(self.world_size) if gloo and r != self.rank]
 
     def same_ranks(self, process_group: dist.ProcessGroup) -> bool:
         """Whether another group consists of the same ranks."""
@@ -85,7 +202,12 @@ class Communicator:
         return sorted(mine) == sorted(other)
 
     def exchange(
-        self, send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, kind: str
+        self,
+        send: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        *,
+        topic: Topic,
     ) -> Pending:
         """Start an all-to-all with uneven counts.
 
@@ -93,43 +215,48 @@ class Communicator:
             send: [sum(send_counts)], contiguous, packed by destination rank.
             send_counts: Elements for each rank.
             receive_counts: Elements from each rank.
-            kind: Under which name to count the bytes.
+            topic: What it is about; its phase is the name under which the bytes are counted.
 
         Returns:
             A message in flight; its result is [sum(receive_counts)], packed by source rank.
         """
         received = send.new_empty(sum(receive_counts))
-        work = dist.all_to_all_single(
-            received,
-            send,
-            list(receive_counts),
-            list(send_counts),
-            group=self._group,
-            async_op=True,
-        )
+        with self.guarded(topic):
+            work = dist.all_to_all_single(
+                received,
+                send,
+                list(receive_counts),
+                list(send_counts),
+                group=self._group,
+                async_op=True,
+            )
         others = send.numel() - send_counts[self.rank]
-        self.bytes_sent[kind] += others * send.element_size()
-        return Pending(received, [work], keep=send)
+        self.bytes_sent[topic.phase] += others * send.element_size()
+        return Pending(self, topic, received, [work], keep=send)
 
-    def publish(self, flat: Tensor) -> Pending:
+    def publish(self, flat: Tensor, *, topic: Topic) -> Pending:
         """Start an all-gather of equal shards, in place.
 
         Args:
             flat: [world_size * shard]; this rank's shard is filled in, the others are overwritten.
+            topic: What it is about; its phase is the name under which the bytes are counted.
 
         Returns:
             A message in flight; its result is `flat`.
         """
         if self.world_size == 1:
-            return Pending(flat, [])
+            return Pending(self, topic, flat, [])
         shards = flat.view(self.world_size, -1)
         mine = shards[self.rank]
-        self.bytes_sent["publish"] += mine.numel() * flat.element_size() * (self.world_size - 1)
-        if dist.get_backend(self._group) == "gloo":
-            return Pending(flat, self._send_to_all(shards))
-        # torch 2.13 renamed the collective; the old name warns there and the new one fails before.
-        name = "all_gather_single" if hasattr(dist, "all_gather_single") else _OLD_ALL_GATHER
-        return Pending(flat, [getattr(dist, name)(flat, mine, group=self._group, async_op=True)])
+        sent = mine.numel() * flat.element_size() * (self.world_size - 1)
+        self.bytes_sent[topic.phase] += sent
+        with self.guarded(topic):
+            if dist.get_backend(self._group) == "gloo":
+                return Pending(self, topic, flat, self._send_to_all(shards))
+            # torch 2.13 renamed the collective; the old name warns there, the new one fails before.
+            name = "all_gather_single" if hasattr(dist, "all_gather_single") else _OLD_ALL_GATHER
+            work = getattr(dist, name)(flat, mine, group=self._group, async_op=True)
+            return Pending(self, topic, flat, [work])
 
     def _send_to_all(self, shards: Tensor) -> list[dist.Work]:
         # gloo's own all-gather takes 1.5 to 2.5 times as long as the same bytes sent directly.
@@ -195,7 +322,8 @@ class Communicator:
     ) -> list[float]:
         if self.world_size > 1:
             values = values.to(device)
-            dist.all_reduce(values, operation, group=self._group)
+            with self.guarded():
+                dist.all_reduce(values, operation, group=self._group)
             # An all-reduce sends at least 2(N-1)/N of its payload per rank.
             payload = values.numel() * values.element_size()
             self.bytes_sent["agree"] += 2 * (self.world_size - 1) * payload // self.world_size
@@ -216,13 +344,15 @@ class Communicator:
             return shard
         if self.rank != to:
             self.bytes_sent["consolidate"] += shard.numel() * shard.element_size()
-            dist.send(shard, group=self._group, group_dst=to)
+            with self.guarded():
+                dist.send(shard, group=self._group, group_dst=to)
             return None
         whole = shard.new_empty(self.world_size, shard.numel())
         whole[to] = shard
         for rank in range(self.world_size):
             if rank != to:
-                dist.recv(whole[rank], group=self._group, group_src=rank)
+                with self.guarded():
+                    dist.recv(whole[rank], group=self._group, group_src=rank)
         return whole.view(-1)
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -235,7 +365,8 @@ class Communicator:
             # As bytes, because backends lack some dtypes; contiguous, because gloo sends anything
             # else as it lies in storage.
             whole = tensor.detach().contiguous()
-            dist.broadcast(whole.reshape(-1).view(torch.uint8), group=self._group, group_src=0)
+            with self.guarded():
+                dist.broadcast(whole.reshape(-1).view(torch.uint8), group=self._group, group_src=0)
             tensor.copy_(whole)
 
     def collect(self, value: Payload) -> list[Payload]:
@@ -250,5 +381,6 @@ class Communicator:
         if self.world_size == 1:
             return [value]
         collected: list[Any] = [None] * self.world_size
-        dist.all_gather_object(collected, value, group=self._group)
+        with self.guarded():
+            dist.all_gather_object(collected, value, group=self._group)
         return collected

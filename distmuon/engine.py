@@ -14,6 +14,7 @@ from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.collectives import Communicator
 from distmuon.desync import check_desync
+from distmuon.failure import RankFailure, Topic
 from distmuon.gradients import GradientNorms, GradientSource, gradient_norms, make_source
 from distmuon.options import GroupOptions, Policy, read_options
 from distmuon.steps import adamw_step, muon_step
@@ -54,15 +55,18 @@ class Engine:
             RuntimeError: on every rank, if their setups differ; names the first difference.
             ValueError: if two parameters share memory, or an option is out of range.
         """
-        agreement.check_same_setup(communicator, _describe(specs, groups, policy))
+        with communicator.during(Topic("setup")):
+            agreement.check_same_setup(communicator, _describe(specs, groups, policy))
         refuse_shared_storage(specs)
         self._communicator = communicator
         self._policy = policy
         self.buckets = [open_bucket(spec, communicator, policy.wave_numel) for spec in specs]
         self.source: GradientSource = make_source(policy.reduce, self.buckets, communicator)
+        self._names = tuple(name for bucket in self.buckets for name in bucket.spec.names)
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
         self.steps = self.skipped = self.calls = self.expected = self._skipped_in_a_row = 0
         self._averages_unchecked = policy.reduce == "ddp"
+        communicator.step = 1
 
     def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Update every parameter that has a gradient, on all ranks together.
@@ -71,6 +75,7 @@ class Engine:
             groups: `param_groups`, as they are now.
 
         Raises:
+            RankFailure: on every rank that is left, if one is dead, late or stopped with an error.
             RuntimeError: if ranks disagree about their gradients, parameters or hyperparameters,
                 no parameter has a gradient, or a matrix that had one was not orthogonalized.
             FloatingPointError: if a gradient is not finite and the policy says so.
@@ -82,6 +87,17 @@ class Engine:
         if verdict.nonfinite is not None:
             self._skip(verdict.nonfinite)
             return
+        try:
+            self._update(ready, verdict)
+        except Exception as error:
+            # The others are in the middle of the exchange and would wait for this rank.
+            self._communicator.abandon(error)
+            raise
+        self.steps += 1
+        self._communicator.step = self.steps + 1
+        self._skipped_in_a_row = 0
+
+    def _update(self, ready: _Ready, verdict: agreement.Verdict) -> None:
         agreed = iter(verdict.present)
         published = []
         for bucket, update in zip(self.buckets, ready.updates, strict=True):
@@ -94,8 +110,6 @@ class Engine:
             published.append(bucket.shard.publish(self._communicator))
         for message in published:
             message.wait()
-        self.steps += 1
-        self._skipped_in_a_row = 0
 
     def _check_parameters(self) -> None:
         # Before the update: publishing it overwrites what other ranks hold of each range. At the
@@ -103,7 +117,8 @@ class Engine:
         every = self._policy.check_desync_every
         first = self.steps == self.skipped == 0
         if self._communicator.world_size > 1 and (first or (every and self.steps % every == 0)):
-            check_desync(self._communicator, self.buckets, self.steps)
+            with self._communicator.during(Topic("desync")):
+                check_desync(self._communicator, self.buckets, self.steps)
 
     def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> _Ready:
         present = [has for row in self.source.present() for has in row]
@@ -118,7 +133,9 @@ class Engine:
             updates = self.source.read()
             found = (b.shard.first_nonfinite(u) for b, u in zip(self.buckets, updates, strict=True))
             nonfinite = next((name for name in found if name is not None), None)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except RankFailure:
+            raise
+        except Exception as error:
             problem = error
         described = "; ".join(option.describe() for option in options)
         return _Ready(options, updates, agreement.Finding(present, nonfinite, described, problem))
@@ -132,7 +149,8 @@ class Engine:
         Returns:
             The norm before, a scalar.
         """
-        self.norms = gradient_norms(self.source, self.buckets, self._communicator)
+        with self._communicator.during(Topic("clip", None, self._names)):
+            self.norms = gradient_norms(self.source, self.buckets, self._communicator)
         total = self.norms.total
         if math.isfinite(total) and total > max_norm:
             self.source.scale_(max_norm / total)
@@ -151,22 +169,21 @@ class Engine:
         if self._communicator.world_size > 1 and self._averages_unchecked:
             parameters = [p for bucket in self.buckets for p in bucket.spec.parameters]
             norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
-            agreement.check_averaged(self._communicator, self._names(), norms)
+            with self._communicator.during(Topic("setup", None, self._names)):
+                agreement.check_averaged(self._communicator, self._names, norms)
             self._averages_unchecked = False
         return self
 
-    def _names(self) -> list[str]:
-        return [name for bucket in self.buckets for name in bucket.spec.names]
-
     def _agree(self, ready: _Ready) -> agreement.Verdict:
         try:
-            return agreement.agree(
-                self._communicator,
-                self._names(),
-                ready.finding,
-                missing_grad=self._policy.missing_grad,
-                device=self.buckets[0].shard.master.device,
-            )
+            with self._communicator.during(Topic("agree", None, self._names)):
+                return agreement.agree(
+                    self._communicator,
+                    self._names,
+                    ready.finding,
+                    missing_grad=self._policy.missing_grad,
+                    device=self.buckets[0].shard.master.device,
+                )
         except Exception as error:
             # If the messages themselves failed, the first failure says more than the second.
             problem = ready.finding.problem

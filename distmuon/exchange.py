@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distmuon.collectives import Communicator, Pending
+from distmuon.failure import Topic
 from distmuon.layout import Segment
 from distmuon.plan import ExchangePlan, Transfer, Wave, peer_counts
 
@@ -45,6 +46,9 @@ class Exchange:
             tuple(peer_counts(t, communicator.world_size) for t in (wave.outgoing, wave.incoming))
             for wave in plan.waves
         ]
+        names = [_names(plan, wave) for wave in plan.waves]
+        self._gathers = [Topic("gather", index, which) for index, which in enumerate(names)]
+        self._scatters = [Topic("scatter", index, which) for index, which in enumerate(names)]
         self._incoming: Tensor | None = None
 
     def gather(self, update: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -99,12 +103,12 @@ class Exchange:
         pieces = [update[t.segment.shard_start :][: t.segment.numel] for t in outgoing]
         send = torch.cat(pieces) if pieces else update.new_empty(0)
         to, source = self._counts[index]
-        return self._communicator.exchange(send, to, source, kind="gather")
+        return self._communicator.exchange(send, to, source, topic=self._gathers[index])
 
     def _return(self, index: int, incoming: Tensor) -> Pending:
         # The buffer of fetched pieces serves twice: `scatter` has put their updates in their place.
         source, to = self._counts[index]
-        return self._communicator.exchange(incoming, to, source, kind="scatter")
+        return self._communicator.exchange(incoming, to, source, topic=self._scatters[index])
 
     def _deliver(self, wave: Wave, pending: Pending, out: Tensor) -> None:
         received = pending.wait()
@@ -127,3 +131,9 @@ class Exchange:
             piece = self._incoming[transfer.buffer_start :][: segment.numel]
             whole[segment.tensor_start :][: segment.numel].copy_(piece)
         return whole.view(spec.shape)
+
+
+def _names(plan: ExchangePlan, wave: Wave) -> tuple[str, ...]:
+    """Matrices of a wave that this rank fetches or holds pieces of."""
+    moving = {t.segment.tensor for t in (*wave.incoming, *wave.outgoing)}
+    return tuple(plan.ownership.layout.specs[tensor].name for tensor in sorted(moving))

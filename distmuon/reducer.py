@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distmuon.buckets import Bucket
 from distmuon.collectives import Communicator, Pending
+from distmuon.failure import Topic
 from distmuon.reduction import Member, ReductionPlan, plan_reduction
 
 
@@ -52,7 +53,8 @@ class Reducer:
         flat = {m: (torch.zeros_like(p) if g is None else g).reshape(-1) for m, p, g in known}
         send = torch.cat([flat[m][s.tensor_start :][: s.numel] for m, s in plan.pieces])
         receive_counts = [plan.counts[self._communicator.rank]] * self._communicator.world_size
-        pending = self._communicator.exchange(send, plan.counts, receive_counts, kind="reduce")
+        topic = Topic("reduce", None, self._names(members))
+        pending = self._communicator.exchange(send, plan.counts, receive_counts, topic=topic)
         replaced = self._flying.pop(members, None)  # a backward pass whose step was left out
         if replaced is not None:
             replaced[1].wait()
@@ -81,3 +83,6 @@ class Reducer:
         for _, pending in self._flying.values():
             pending.wait()
         self._flying, self._grads = {}, None
+
+    def _names(self, members: Sequence[Member]) -> tuple[str, ...]:
+        return tuple(self._buckets[m.bucket].spec.layout.specs[m.tensor].name for m in members)

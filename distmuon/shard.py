@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from distmuon.collectives import Communicator, Pending
+from distmuon.failure import Topic
 from distmuon.layout import Layout
 
 
@@ -74,6 +75,7 @@ class Shard:
             from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         )
+        self._topic = Topic("publish", None, tuple(spec.name for spec in layout.specs))
         self.mine = self.flat.view(layout.world_size, -1)[rank]
         self._adopt_storage()
         dtype = torch.promote_types(first.dtype, torch.float32)
@@ -192,7 +194,7 @@ class Shard:
         """
         if self.master.dtype != self.flat.dtype:
             self.mine.copy_(self.master)
-        return communicator.publish(self.flat)
+        return communicator.publish(self.flat, topic=self._topic)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distmuon.buckets import STATE_NAMES, Bucket
 from distmuon.collectives import Communicator
+from distmuon.failure import Topic
 from distmuon.options import Algorithm
 
 WholeState = Mapping[str, Any]
@@ -43,7 +44,8 @@ class StateKeeper:
             raise ValueError(f"Invalid {to=}. Must be in [0, {self._communicator.world_size}).")
         state: dict[Tensor, WholeState] = {}
         for bucket in buckets:
-            state.update(gather_full_state(bucket, self._communicator, to=to))
+            with self._communicator.during(Topic("consolidate", None, bucket.spec.names)):
+                state.update(gather_full_state(bucket, self._communicator, to=to))
         self._gathered_to = to
         self._gathered = state if self._communicator.rank == to else None
 

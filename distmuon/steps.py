@@ -51,7 +51,12 @@ def muon_step(
     done = set()
     for tensor, matrix in exchange.gather(update):
         if present[tensor]:
-            value = _orthogonal_update(matrix, options[bucket.spec.groups[tensor]])
+            try:
+                value = _orthogonal_update(matrix, options[bucket.spec.groups[tensor]])
+            except Exception as error:
+                name = bucket.spec.names[tensor]
+                error.add_note(f"while orthogonalizing {name} {list(matrix.shape)}")
+                raise
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
     _check_all_done(bucket, present, done)

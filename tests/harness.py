@@ -106,6 +106,55 @@ def run_ranks(
     return _run(world_size, _Call(function, args, {}), timeout)
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one rank of `run_until_lost` ended.
+
+    Attributes:
+        value: What the function returned; None if the rank did not get that far.
+        exit_code: Negative signal number for a killed rank; None for one that hung.
+    """
+
+    value: Any
+    exit_code: int | None
+
+
+def run_until_lost(
+    world_size: int,
+    function: Callable[..., object],
+    *args: object,
+    group_timeout: float,
+    timeout: float = LIMIT_SECONDS,
+) -> list[Ended]:
+    """Run `function(*args)` on every rank, some of which are meant to die.
+
+    Args:
+        world_size: Number of ranks.
+        function: As for `run_ranks`; a rank that it kills ends there.
+        *args: As for `run_ranks`.
+        group_timeout: The process group's own timeout in seconds.
+        timeout: Seconds after which ranks still running are killed.
+
+    Returns:
+        How each rank ended.
+
+    Raises:
+        RankFailure: A rank raised.
+    """
+    __tracebackhide__ = True
+    message = pickle.dumps(_Call(function, args, {}))
+    with tempfile.TemporaryDirectory(prefix="distmuon-ranks-") as name:
+        folder = Path(name)
+        codes = _start_and_wait(
+            world_size, message, folder, timeout, group_timeout=group_timeout, grace=timeout
+        )
+        records = {rank: _read_record(folder, rank) for rank in range(world_size)}
+    for rank, record in records.items():
+        if record is not None and record.outcome != "returned":
+            raise RankFailure(f"rank {rank} of {world_size} {record.outcome}:\n{record.text}")
+    return [Ended(record and record.value, codes[rank]) for rank, record in records.items()]
+
+
 def distributed(
     *, world_size: int, timeout: float = LIMIT_SECONDS
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -177,20 +226,34 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 
 def _start_and_wait(
-    world_size: int, message: bytes, folder: Path, timeout: float
+    world_size: int,
+    message: bytes,
+    folder: Path,
+    timeout: float,
+    *,
+    group_timeout: float | None = None,
+    grace: float = _GRACE_SECONDS,
 ) -> dict[int, int | None]:
-    """Run all ranks to their end or the limit.
+    """Run all ranks to their end or the limit, or to `grace` after one has failed.
 
     Returns:
         Exit code by rank; None for a rank that had to be killed.
     """
     processes: list[ForkServerProcess] = []
+    environment, group_limit = dict(os.environ), group_timeout or timeout
     deadline = time.monotonic() + timeout
     try:
         for rank in range(world_size):
             process = _context().Process(
                 target=_rank_main,
-                args=(rank, world_size, str(folder), message, timeout, dict(os.environ)),
+                args=(
+                    rank,
+                    world_size,
+                    str(folder),
+                    message,
+                    group_limit,
+                    environment,
+                ),
                 name=f"rank-{rank}",
             )
             process.start()
@@ -207,7 +270,7 @@ def _start_and_wait(
                 running.discard(rank)
                 record = _read_record(folder, rank)
                 if record is None or record.outcome == "raised":
-                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + grace)
         _ask_where(processes[rank] for rank in running)
         return {
             rank: None if rank in running else processes[rank].exitcode
@@ -314,7 +377,7 @@ def _rank_main(
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     # If the parent is killed outright nobody is left to end this process; the kernel then does.
-    signal.alarm(int(timeout + _GRACE_SECONDS + 30))
+    signal.alarm(int(max(timeout, LIMIT_SECONDS) + _GRACE_SECONDS + 30))
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -347,7 +410,8 @@ def _perform(rank: int, world_size: int, folder: Path, message: bytes, timeout: 
         # A DDP wrapper that outlives the group can hang gloo's threads: [Note: teardown] in
         # distmuon/training/world.py.
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except pytest.skip.Exception as skip:
         return _Record("skipped", time.monotonic(), text=str(skip))
     except BaseException:  # SystemExit and pytest.fail too: the parent must learn of them.

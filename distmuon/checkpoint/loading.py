@@ -33,6 +33,7 @@ from distmuon.checkpoint.manifest import (
 from distmuon.checkpoint.saving import settle
 from distmuon.checkpoint.together import all_ranks, find_communicator
 from distmuon.collectives import Communicator
+from distmuon.failure import Topic
 from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
@@ -102,7 +103,12 @@ def load(
     # Hashes have been checked, so only a disk that fails just now can stop it half-way.
     all_ranks(communicator, partial(_fill, reader, manifest, buckets, model))
     if model is not None:
-        for message in [communicator.publish(bucket.shard.flat) for bucket in buckets]:
+        topics = [Topic("load", None, bucket.spec.names) for bucket in buckets]
+        flying = [
+            communicator.publish(bucket.shard.flat, topic=topic)
+            for bucket, topic in zip(buckets, topics, strict=True)
+        ]
+        for message in flying:
             message.wait()
     if optimizer is not None:
         for group, options in zip(optimizer.param_groups, groups[communicator.rank], strict=True):
