@@ -91,7 +91,7 @@ class PendingSave:
         self._communicator = communicator
         self._background = background
         self._workplace = workplace
-        self._failure: CheckpointError | None = None
+        self._failure: str | None = None
 
     def wait(self) -> Path:
         """Wait until the checkpoint is complete. A collective the first time.
@@ -105,16 +105,17 @@ class PendingSave:
         """
         background, self._background = self._background, None
         if background is not None:
+            _PENDING.remove(self)
             try:
                 all_ranks(self._communicator, background.check_written)
                 all_ranks(self._communicator, background.check_complete)
             except CheckpointError as error:
-                self._failure = error
+                self._failure = str(error)
                 background.give_up()
                 if self._workplace is not None:
                     self._workplace.discard()
         if self._failure is not None:
-            raise self._failure
+            raise CheckpointError(self._failure)
         return self.path
 
 
@@ -201,8 +202,8 @@ def settle() -> None:
     Raises:
         CheckpointError: on every rank, if it failed and nobody has waited for it.
     """
-    while _PENDING:
-        _PENDING.pop().wait()
+    for pending in tuple(_PENDING):
+        pending.wait()
 
 
 def _prepare(
