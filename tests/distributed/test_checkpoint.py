@@ -329,5 +329,5 @@ def test_a_pending_save_is_completed_at_the_interpreters_exit(tmp_path: Path) ->
         subprocess.Popen([sys.executable, "-c", EXITS, str(r), str(tmp_path)], env=environment)
         for r in range(2)
     ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=150) for rank in ranks] == [0, 0]
     assert checkpoint.latest(tmp_path / "saves", check="content") == tmp_path / "saves" / "a"
