@@ -218,8 +218,8 @@ def _survey(
     while check == "content" and found:
         path, manifest = found[-1]
         try:
-            for entry in manifest.files:
-                check_content(path, entry)
+            for index in range(len(manifest.files)):
+                check_content(path, manifest, index)
             break
         except CheckpointError as error:
             broken[path] = str(error)

@@ -133,8 +133,8 @@ def _check_files(folder: Path, communicator: Communicator) -> Manifest:
             raise CheckpointError(f"{folder} is the hidden folder of an unfinished save.")
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
-        for entry in manifest.files[communicator.rank :: communicator.world_size]:
-            check_content(folder, entry)
+        for index in range(communicator.rank, len(manifest.files), communicator.world_size):
+            check_content(folder, manifest, index)
         found.append(manifest)
         return manifest.saved_at
 

@@ -126,6 +126,21 @@ class Manifest:
         found = {name.partition("/")[0] for name in self.tensors}
         return found | ({"optimizer"} if self.parameters else set())
 
+    def held_by(self, file: int) -> dict[str, tuple[str, int]]:
+        """Dtype and number of elements of each tensor in a file, by its name there.
+
+        Args:
+            file: Index into `files`.
+        """
+        held = {
+            name: (entry.dtype, piece.numel)
+            for name, entry in self.tensors.items()
+            for piece in entry.pieces
+            if piece.file == file
+        }
+        own = self.rank_tensors[file] if self.rank_tensors is not None else {}
+        return held | {f"rank/{name}": (entry.dtype, entry.numel) for name, entry in own.items()}
+
 
 def file_name(rank: int) -> str:
     """Name of a rank's file."""
@@ -248,6 +263,8 @@ def _parse(body: dict[str, Any], file: Path) -> Manifest:
             raise CheckpointError(f"{file} names {entry.name!r}, which no checkpoint has.")
     for name, tensor in manifest.tensors.items():
         _check_cover(name, tensor)
+        if any(not 0 <= piece.file < len(manifest.files) for piece in tensor.pieces):
+            raise CheckpointError(f"{file} has pieces of {name} in files that it does not list.")
     return manifest
 
 
