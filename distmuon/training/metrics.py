@@ -60,12 +60,29 @@ class Interval:
 
 
 @dataclass(slots=True)
+class Progress:
+    """Where a run stands, apart from tensors and configuration.
+
+    Attributes:
+        step: optimizer steps done; it decides which windows of the text come next.
+        logged: step of the last line of metrics.
+        elapsed_s: seconds since the first step began, without the time between two sittings.
+        interval: the steps since the last line of metrics.
+    """
+
+    step: int = 0
+    logged: int = 0
+    elapsed_s: float = 0.0
+    interval: Interval = field(default_factory=Interval)
+
+
+@dataclass(slots=True)
 class MetricsLog:
     """Writes metrics to a file line by line, and keeps them for the plot.
 
     Attributes:
         path: the JSON Lines file.
-        lines: everything written so far.
+        lines: what the file shall begin with, then everything written so far.
     """
 
     path: Path
@@ -73,8 +90,11 @@ class MetricsLog:
     _file: TextIO | None = None
 
     def __enter__(self) -> MetricsLog:
-        """Open the file."""
-        self._file = self.path.open("w", encoding="utf-8")
+        """Open the file; from now on it has the first lines and no others."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(map(_as_json, self.lines)), encoding="utf-8")
+        partial.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -91,14 +111,19 @@ class MetricsLog:
         """Append one line; it is in the file when this returns, so a killed run keeps it."""
         assert self._file is not None
         self.lines.append(metrics)
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.write(_as_json(metrics))
         self._file.flush()
+
+
+def _as_json(metrics: StepMetrics) -> str:
+    return json.dumps(asdict(metrics)) + "\n"
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
     """Read a `metrics.jsonl` file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [StepMetrics(**json.loads(line)) for line in lines]
+    # A run that was killed while it wrote leaves half a line, without an end.
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [StepMetrics(**json.loads(line)) for line in whole.splitlines()]
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from distmuon import Muon, build_param_groups
 from distmuon.training.config import ConfigError, OptimizerConfig, TrainConfig
 from distmuon.training.world import World
+
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, world: World) -> Optimizer:
@@ -96,6 +98,68 @@ def lr_scale(step: int, config: TrainConfig) -> float:
         return (step + 1) / warmup
     progress = min((step + 1 - warmup) / max(config.steps - warmup, 1), 1.0)
     return config.final_lr + (1.0 - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def place_schedule(schedule: LambdaLR, step: int) -> None:
+    """Put a new schedule where it stands after some steps: it depends on nothing else."""
+    optimizer = schedule.optimizer
+    rates = [
+        base * scale(step)
+        for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def whole_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Gather AdamW's state on rank 0. A collective.
+
+    Returns:
+        On rank 0 each state tensor as "adamw.FQN.exp_avg" and so on; nothing on the others.
+    """
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+        if optimizer.rank != 0:
+            return {}
+    state = optimizer.state_dict()["state"]
+    return {
+        f"adamw.{name}.{key}": value
+        for index, name in enumerate(_names(optimizer, model))
+        for key, value in state.get(index, {}).items()
+    }
+
+
+def load_whole_state(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give AdamW its state back, at any world size; each rank keeps its own part.
+
+    Args:
+        optimizer: with the same parameters; its hyperparameters stay.
+        model: that they belong to.
+        tensors: from `whole_state`, on every rank.
+
+    Raises:
+        ConfigError: if the state of a parameter is missing.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, name in enumerate(_names(optimizer, model)):
+        keys = {key: f"adamw.{name}.{key}" for key in ADAMW_STATE}
+        missing = [full for full in keys.values() if full not in tensors]
+        if missing:
+            raise ConfigError(f"run.resume: the checkpoint has no {', '.join(missing)}.")
+        state[index] = {key: tensors[full] for key, full in keys.items()}
+    count = iter(range(len(state)))
+    groups = [
+        {**group, "params": [next(count) for _ in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """List the parameters' FQNs in the order of the optimizer's own numbers."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -43,11 +43,17 @@ class ProgressView(Protocol):
         ...
 
 
-def make_progress(*, steps: int, output: str) -> ProgressView:
-    """Choose the bar where standard output is a terminal and `output` is not "plain"."""
+def make_progress(*, steps: int, output: str, done: int = 0) -> ProgressView:
+    """Choose the bar where standard output is a terminal and `output` is not "plain".
+
+    Args:
+        steps: of the whole run.
+        output: of `Launch`.
+        done: how many of them an earlier sitting did.
+    """
     console = Console()
     if output != "plain" and console.is_terminal:
-        return BarProgress(steps, console)
+        return BarProgress(steps, console, done=done)
     return PlainProgress(steps)
 
 
@@ -86,7 +92,7 @@ class PlainProgress:
 class BarProgress:
     """A bar that is redrawn in place."""
 
-    def __init__(self, steps: int, console: Console) -> None:
+    def __init__(self, steps: int, console: Console, *, done: int = 0) -> None:
         self._progress = Progress(
             MofNCompleteColumn(),
             # The bar takes what the figures leave, so that all of them fit into 80 columns.
@@ -97,7 +103,7 @@ class BarProgress:
             console=console,
             expand=True,
         )
-        self._task = self._progress.add_task("", total=steps)
+        self._task = self._progress.add_task("", total=steps, completed=done)
 
     def __enter__(self) -> BarProgress:
         """Start to redraw."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from distmuon.training.config import Config
 from distmuon.training.metrics import StepMetrics
 from distmuon.training.optimizers import state_bytes
 from distmuon.training.progress import format_seconds
+from distmuon.training.resume import Start
 from distmuon.training.run_folder import RunFolder
 from distmuon.training.sample import generate
 from distmuon.training.trainer import Trainer
@@ -20,6 +22,8 @@ from distmuon.training.world import World
 
 # Above this many ranks only the smallest and the largest are shown.
 RANKS_SHOWN = 4
+# How a run is resumed is not worth telling where it is resumed.
+UNTOLD = ("run.resume", "run.if_exists")
 OPTIMIZER_NAMES = {"muon": "Muon (matrices) and AdamW (the rest)", "adamw": "AdamW"}
 
 
@@ -41,13 +45,50 @@ def describe_start(trainer: Trainer, folder: RunFolder) -> str:
     )
 
 
-def describe_loss(last: StepMetrics, *, seconds: float) -> str:
+def describe_saving(
+    config: Config, folder: RunFolder, start: Start, lines: Sequence[StepMetrics]
+) -> str:
+    """Say what the run begins with and where its checkpoints go."""
+    run, told = config.run, []
+    if start.checkpoint is not None:
+        ranks = f"{start.saved_by} rank{'s' if start.saved_by > 1 else ''}"
+        told.append(f"resumes    after step {start.step} of {start.checkpoint} (saved by {ranks})")
+        shown = [each for each in start.changes if each.key not in UNTOLD]
+        if shown:
+            pairs = ", ".join(f"{each.key} {each.saved} -> {each.now}" for each in shown)
+            told.append(f"changed    {pairs}")
+        if (lines[-1].step if lines else 0) != start.logged:
+            told.append(f"metrics    those up to step {start.logged} are lost or incomplete")
+    if run.save_every == 0:
+        told.append("saves      nothing before the end (run.save_every=0)")
+    else:
+        kept = f"newest {run.keep_latest} kept" if run.keep_latest else "all kept"
+        told.append(
+            f"saves      {folder.checkpoints} every {run.save_every} steps and on Ctrl-C, {kept}; "
+            "the same command goes on"
+        )
+    return "\n".join(told)
+
+
+def describe_stop(config: Config, folder: RunFolder, step: int, number: int) -> str:
+    """Say where the run was stopped, and how it goes on."""
+    run = config.run
+    stopped = f"\nstopped by {signal.Signals(number).name} after step {step}/{config.train.steps}"
+    if run.save_every == 0:
+        return f"{stopped}; nothing is saved (run.save_every=0)"
+    again = "the same command" if run.resume == "auto" else "the same command with run.resume=auto"
+    return f"{stopped}, saved to {folder.checkpoint(step)}\nto go on: {again}"
+
+
+def describe_loss(lines: Sequence[StepMetrics]) -> str:
     """State the validation loss of the last step."""
-    assert last.val_loss is not None
+    last = lines[-1] if lines else None
+    if last is None or last.val_loss is None:
+        return "\nthe metrics of the last step are lost"
     bits = last.val_loss / math.log(2.0)
     return (
         f"\nvalidation loss {last.val_loss:.4f} nats per byte ({bits:.3f} bits per byte) after "
-        f"{last.step} steps in {format_seconds(seconds)}"
+        f"{last.step} steps in {format_seconds(last.elapsed_s)}"
     )
 
 

@@ -76,7 +76,7 @@ class Trainer:
             NonFiniteError: on all ranks, before the weights are touched.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(step)
+        loss = self.forward_backward(step)
         config = self.config.train
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         grad_norm = float(norm)
@@ -94,7 +94,7 @@ class Trainer:
         self.schedule.step()
         return StepResult(loss=loss, grad_norm=grad_norm, lr=float(lr), optimizer_s=optimizer_s)
 
-    def _backward(self, step: int) -> float:
+    def forward_backward(self, step: int) -> float:
         """Leave the averaged gradient in the model; return the mean loss of all ranks."""
         passes = self.config.train.accumulation
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)

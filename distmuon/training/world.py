@@ -10,16 +10,18 @@ up first. So every DDP wrapper must be gone before `destroy_process_group`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from distmuon.training.config import ConfigError, Launch, RunConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,33 @@ class World:
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return [float(value) for value in tensor.tolist()]
+
+    def largest(self, value: int) -> int:
+        """Return the largest of an integer over the ranks. A collective."""
+        return max(row[0] for row in self.collect([value]))
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Let rank 0 alone do something, and hand its result to every rank. A collective.
+
+        Args:
+            make: what it does; the result must be picklable.
+
+        Raises:
+            ConfigError: on every rank, if rank 0 raises one.
+        """
+        if self.group is None:
+            return make()
+        told: list[T | ConfigError | None] = [None]
+        if self.rank == 0:
+            try:
+                told = [make()]
+            except ConfigError as error:
+                told = [error]
+        dist.broadcast_object_list(told, group=self.group, group_src=0, device=self.device)
+        (result,) = told
+        if isinstance(result, ConfigError):
+            raise result
+        return result  # type: ignore[return-value]  # no longer the None it was made with
 
     def collect(self, values: Sequence[int]) -> list[list[int]]:
         """Gather some integers from every rank, in the order of ranks. A collective."""

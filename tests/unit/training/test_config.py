@@ -133,6 +133,9 @@ def test_a_wrong_type_or_form_is_refused(override: str, expected: str) -> None:
         "run.name=a/b",
         "run.name=..",
         "run.dir=''",
+        "run.resume=''",
+        "run.save_every=-1",
+        "run.keep_latest=-1",
         "run.seed=-1",
         "run.timeout_s=0",
         "run.timeout_s=.inf",
@@ -292,6 +295,7 @@ def test_a_missing_package_names_the_extra(
 def test_the_launch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CI", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert Launch.from_environment() == Launch()
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -300,6 +304,10 @@ def test_the_launch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CI", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert Launch.from_environment() == Launch(5, 8, 1, 4, "plain", "user")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert Launch.from_environment().job is None, "what torchrun calls a job without --rdzv-id"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    assert Launch.from_environment().job == "job7"
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK='first'"):
         Launch.from_environment()

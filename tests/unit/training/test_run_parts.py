@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from distmuon.training.model import Transformer
 from distmuon.training.optimizers import build_optimizer, lr_scale, state_bytes
 from distmuon.training.plot import plot_losses
 from distmuon.training.progress import BarProgress, PlainProgress, format_seconds, make_progress
-from distmuon.training.run_folder import create_run_folder
+from distmuon.training.resume import Start, open_folder
+from distmuon.training.run_folder import RunFolder
 from distmuon.training.summary import format_bytes
 from distmuon.training.trainer import NonFiniteError, Trainer, build_trainer
 from distmuon.training.world import World
@@ -63,34 +66,57 @@ def test_the_schedule_of_a_short_run_is_finite(steps: int) -> None:
     assert all(0.0 < lr_scale(step, train) <= 1.0 for step in range(steps + 1))
 
 
+def new_folder(*overrides: str) -> RunFolder:
+    with ExitStack() as held:
+        return open_folder(load_config(None, overrides), Start(), job=None, held=held)
+
+
 def test_a_folder_is_never_written_into_twice(tmp_path: Path) -> None:
-    config = load_config(None, [f"run.dir={tmp_path / 'a' / 'b'}", "run.name=x"])
-    folders = [create_run_folder(config).path.name for _ in range(3)]
+    overrides = [f"run.dir={tmp_path / 'a' / 'b'}", "run.name=x"]
+    folders = [new_folder(*overrides).path.name for _ in range(3)]
     assert folders == ["x", "x-2", "x-3"]
-    assert load_config(tmp_path / "a/b/x/config.yaml") == config
+    assert load_config(tmp_path / "a/b/x/config.yaml") == load_config(None, overrides)
+    # Newest means highest, also where an older one was removed by hand.
+    shutil.rmtree(tmp_path / "a/b/x-2")
+    assert new_folder(*overrides).path.name == "x-4"
 
 
 def test_replacing_removes_the_files_of_a_run_and_no_others(tmp_path: Path) -> None:
-    config = load_config(None, [f"run.dir={tmp_path}", "run.name=x", "run.if_exists=replace"])
-    folder = create_run_folder(config)
+    overrides = [f"run.dir={tmp_path}", "run.name=x", "run.if_exists=replace"]
+    folder = new_folder(*overrides)
     for file in (folder.metrics, folder.plot, folder.weights, folder.path / "notes.txt"):
         file.write_text("old")
-    assert create_run_folder(config).path == folder.path
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "notes.txt"]
+    folder.checkpoint(5).mkdir(parents=True)
+    assert new_folder(*overrides).path == folder.path
+    left = {path.name for path in folder.path.iterdir()}
+    assert left == {".lock", "config.yaml", "notes.txt"}
+
+
+def test_a_folder_in_use_is_not_replaced(tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path}", "run.name=x", "run.if_exists=replace"]
+    folder = new_folder(*overrides)
+    folder.metrics.write_text("young")
+    with folder.hold(patience="none"):
+        with pytest.raises(ConfigError, match=r"if_exists=replace: a running process is writing"):
+            new_folder(*overrides)
+    assert folder.metrics.exists()
+    new_folder(*overrides)
+    assert not folder.metrics.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    config = load_config(None, [f"run.dir={tmp_path / 'file' / 'runs'}"])
     with pytest.raises(ConfigError, match=r"run\.dir=.*cannot write a run here"):
-        create_run_folder(config)
+        new_folder(f"run.dir={tmp_path / 'file' / 'runs'}")
+    with pytest.raises(ConfigError, match=r"run\.dir=.*cannot write a run here"):
+        new_folder(f"run.dir={tmp_path}", "run.name=file")
 
 
 @pytest.mark.parametrize("head", ["untied", "tied"])
 def test_saved_weights_load_into_a_new_model(tmp_path: Path, head: str) -> None:
-    config = load_config(None, [f"run.dir={tmp_path}", f"model.head={head}"])
+    config = load_config(None, [f"model.head={head}"])
     model = Transformer(config.model, context=8)
-    folder = create_run_folder(config)
+    folder = RunFolder(tmp_path)
     folder.save_weights(model)
     saved = load_file(folder.weights)
     assert set(saved) == {name for name, _ in model.named_parameters()}
@@ -105,7 +131,7 @@ def test_saved_weights_hold_no_more_than_the_weights(tmp_path: Path) -> None:
     # Muon makes every parameter a view of one flat buffer; a file must not hold the buffer.
     run = trainer()
     run.step(0)
-    folder = create_run_folder(load_config(None, [f"run.dir={tmp_path}"]))
+    folder = RunFolder(tmp_path)
     folder.save_weights(run.model)
     count = sum(parameter.numel() for parameter in run.model.parameters())
     assert 4 * count < folder.weights.stat().st_size < 4 * count + 4096
@@ -119,6 +145,20 @@ def test_metrics_are_in_the_file_at_once_and_read_back(tmp_path: Path) -> None:
         # Before the file is closed: a killed run keeps its lines.
         assert read_metrics(path) == [metrics(1), metrics(2, val_loss=1.5)]
     assert json.loads(path.read_text().splitlines()[0])["val_loss"] is None
+
+
+def test_a_log_begins_with_the_lines_of_the_sitting_before(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in (1, 2, 3):
+            log.write(metrics(step))
+    # Killed while it wrote.
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    kept = [line for line in read_metrics(path) if line.step <= 2]
+    with MetricsLog(path, kept) as log:
+        log.write(metrics(3, loss=1.0))
+    assert read_metrics(path) == [metrics(1), metrics(2), metrics(3, loss=1.0)] == log.lines
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_picture_is_a_png_even_for_one_point(tmp_path: Path) -> None:

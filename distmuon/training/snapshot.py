@@ -1,0 +1,116 @@
+"""A training run's whole state, to a checkpoint and back."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distmuon import Muon, checkpoint
+from distmuon.checkpoint import CheckpointError
+from distmuon.training.config import ConfigError
+from distmuon.training.metrics import Interval, Progress
+from distmuon.training.optimizers import load_whole_state, place_schedule, whole_state
+from distmuon.training.trainer import Trainer
+from distmuon.training.world import World
+
+
+def save_snapshot(trainer: Trainer, progress: Progress, path: Path, *, text: str) -> None:
+    """Write a checkpoint and remove the oldest beyond `run.keep_latest`. A collective.
+
+    Args:
+        trainer: model, optimizer, schedule and configuration.
+        progress: rank 0's.
+        path: of the checkpoint, inside the folder of its siblings.
+        text: fingerprint of the text.
+
+    Raises:
+        ConfigError: on every rank, if it cannot be written; the earlier ones are still there.
+    """
+    optimizer = trainer.optimizer
+    muon = isinstance(optimizer, Muon)
+    try:
+        checkpoint.save(
+            path,
+            optimizer if isinstance(optimizer, Muon) else None,
+            model=trainer.model,
+            metadata={
+                "config": asdict(trainer.config),
+                "progress": asdict(progress),
+                "schedule": {"last_epoch": trainer.schedule.last_epoch},
+                "text": text,
+            },
+            tensors=None if muon else whole_state(optimizer, trainer.model),
+            rank_tensors=_random_states(trainer.world),
+            process_group=trainer.world.group,
+            keep_latest=trainer.config.run.keep_latest or None,
+        ).wait()
+    except CheckpointError as error:
+        raise ConfigError(f"run.dir: step {progress.step} is not saved: {error}") from error
+
+
+def load_snapshot(trainer: Trainer, path: Path) -> Progress:
+    """Put a checkpoint's state into a new trainer, of any world size. A collective.
+
+    Hyperparameters stay those of the configuration.
+
+    Raises:
+        ConfigError: on every rank, if the checkpoint is damaged or of another model.
+    """
+    optimizer = trainer.optimizer
+    _settle_buckets(trainer)
+    options = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    try:
+        loaded = checkpoint.load(
+            path,
+            optimizer if isinstance(optimizer, Muon) else None,
+            model=trainer.model,
+            process_group=trainer.world.group,
+        )
+    except CheckpointError as error:
+        raise ConfigError(f"run.resume: {error}", key="run.resume") from error
+    if not isinstance(optimizer, Muon):
+        load_whole_state(optimizer, trainer.model, loaded.tensors)
+    for group, mine in zip(optimizer.param_groups, options, strict=True):
+        group.update(mine)
+    saved = dict(loaded.metadata["progress"])
+    progress = Progress(**{**saved, "interval": Interval(**saved["interval"])})
+    place_schedule(trainer.schedule, loaded.metadata["schedule"]["last_epoch"])
+    _restore_random_states(trainer, loaded.rank_tensors, progress.step)
+    return progress
+
+
+def _settle_buckets(trainer: Trainer) -> None:
+    """Let DDP sort its buckets now.
+
+    It does so after its first backward pass, by the order in which gradients were ready. A sum
+    over more than two ranks depends, in its last bits, on where an element lies in its bucket: a
+    run that goes on must have the order that the uninterrupted one had at that step.
+    """
+    trainer.forward_backward(0)
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def _random_states(world: World) -> dict[str, Tensor]:
+    states = {"rng.cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(world.device)
+    return states
+
+
+def _restore_random_states(trainer: Trainer, saved: dict[str, Tensor], step: int) -> None:
+    world, seed = trainer.world, trainer.config.run.seed
+    if "rng.cpu" not in saved:
+        # This rank was not there. A text seed goes through SHA-512, as in data.py.
+        draw = random.Random(f"distmuon rank {seed} {world.rank} {step}")
+        torch.manual_seed(draw.getrandbits(63))
+        return
+    torch.set_rng_state(saved["rng.cpu"])
+    if world.device.type == "cuda" and "rng.cuda" in saved:
+        torch.cuda.set_rng_state(saved["rng.cuda"], world.device)
