@@ -47,8 +47,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """Return the SHA-256 of both parts: a position in one text means nothing in another."""
         digest = hashlib.sha256(f"{self.train.numel()} ".encode())
-        digest.update(self.train.numpy())
-        digest.update(self.val.numpy())
+        digest.update(self.train.numpy().data)
+        digest.update(self.val.numpy().data)
         return digest.hexdigest()
 
 

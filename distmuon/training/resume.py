@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from distmuon import checkpoint
 from distmuon.checkpoint import CheckpointError
+from distmuon.checkpoint.manifest import read_manifest
 from distmuon.training.config import Config, ConfigError, RunConfig, describe_keys
 from distmuon.training.metrics import StepMetrics, read_metrics
 from distmuon.training.run_folder import (
@@ -159,7 +160,7 @@ def _begin_with(path: Path, config: Config, *, text: str, folder: Path | None) -
 
 def _read_metadata(path: Path) -> tuple[Mapping[str, Any], int]:
     try:
-        manifest = checkpoint.read_manifest(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
         raise ConfigError(f"run.resume: {error}", key="run.resume") from None
     if any(key not in manifest.metadata for key in METADATA):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,11 +105,11 @@ def _random_states(world: World) -> dict[str, Tensor]:
     return states
 
 
-def _restore_random_states(trainer: Trainer, saved: dict[str, Tensor], step: int) -> None:
+def _restore_random_states(trainer: Trainer, saved: Mapping[str, Tensor] | None, step: int) -> None:
     world, seed = trainer.world, trainer.config.run.seed
-    if "rng.cpu" not in saved:
-        # This rank was not there. A text seed goes through SHA-512, as in data.py.
-        draw = random.Random(f"distmuon rank {seed} {world.rank} {step}")
+    if saved is None:
+        # Other ranks than there were. A text seed goes through SHA-512, as in data.py.
+        draw = random.Random(f"distmuon rank {seed} {world.size} {world.rank} {step}")
         torch.manual_seed(draw.getrandbits(63))
         return
     torch.set_rng_state(saved["rng.cpu"])
