@@ -6,22 +6,39 @@ group while it holds the interpreter lock; the group then joins gloo's threads, 
 wait for that lock to free the tensors of the last collective: the rank hangs at its very end (seen
 with torch 2.13 on a busy machine). When Python itself drops the last reference the lock is given
 up first. So every DDP wrapper must be gone before `destroy_process_group`.
+
+[Note: meeting again]
+torchrun keeps one key-value store for all restarts of a job, and torch's process groups write their
+addresses there under the same names every time (pytorch#135712; so in torch 2.13). A rank that is
+started again may therefore read the address of a dead one: gloo then fails to connect, and nccl
+would wait. The number of the restart is of no help, as agents that joined later count from 0. So
+rank 0 gives each meeting a name that was never used, and shows every rank that it is alive by
+answering with the secret that this rank has just made up: an answer of the dead cannot have it.
 """
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from distmuon.training.config import ConfigError, Launch, RunConfig
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 T = TypeVar("T")
+
+# How often a rank that waits for rank 0 looks again.
+POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +130,50 @@ def join_world(config: RunConfig, launch: Launch) -> Iterator[World]:
         yield World(0, 1, device, None)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+    limit = timedelta(seconds=config.timeout_s)
+    found = rendezvous("env://", launch.rank, launch.world_size, timeout=limit)
+    store, rank, size = next(iter(found))
+    store.set_timeout(limit)
+    store = dist.PrefixStore(meet(store, rank, size, limit=limit), store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     # Not after an exception: other ranks may be inside a collective, and nccl would wait for them.
     dist.destroy_process_group()
+
+
+def meet(store: Store, rank: int, size: int, *, limit: timedelta) -> str:
+    """Agree with the living ranks on a name that no ranks before them had: [Note: meeting again].
+
+    Args:
+        store: that all ranks reach; what dead ranks wrote may still be in it.
+        rank: of this process.
+        size: number of ranks.
+        limit: for how long to wait for rank 0.
+
+    Returns:
+        The name, equal on all ranks.
+
+    Raises:
+        RuntimeError: if rank 0 does not come in time; rank 0 waits as long as the store does.
+    """
+    secret = secrets.token_hex(8)
+    if rank == 0:
+        store.set("meeting", secret)
+        for other in range(1, size):
+            answer = store.get(f"{secret}/{other}/here").decode()
+            store.set(f"{secret}/{other}/seen", answer)
+        return secret
+    began = time.monotonic()
+    while time.monotonic() - began < limit.total_seconds():
+        meeting: str = store.get("meeting").decode()
+        store.set(f"{meeting}/{rank}/here", secret)
+        seen = f"{meeting}/{rank}/seen"
+        if store.check([seen]) and store.get(seen).decode() == secret:
+            return meeting
+        time.sleep(POLL_S)
+    raise RuntimeError(
+        f"Rank {rank} waited {limit} for rank 0 (run.timeout_s). Has it been started?"
+    )
 
 
 def _choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> torch.device:

@@ -95,7 +95,9 @@ def test_two_ranks_train_and_leave_everything_behind(tmp_path: Path) -> None:
     lines, printed = train(2, tmp_path, "optimizer.lr=2e-2")
 
     folder = tmp_path / "runs" / "tiny"
-    files = {"config.yaml", "metrics.jsonl", "loss.png", "model.safetensors"}
+    files = {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "loss.png"}
+    files |= {"model.safetensors"}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000020"]
     assert {path.name for path in folder.iterdir()} == files
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     overrides = ["optimizer.lr=0.02"]
@@ -199,7 +201,7 @@ def test_the_last_rank_standing_does_not_wait_for_a_rank_that_is_gone(tmp_path: 
     assert re.search(r"exitcode +: 7 ", done.stderr), done.stderr
 
 
-def test_an_interrupt_ends_all_ranks_and_keeps_the_metrics(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_ends_all_ranks(tmp_path: Path) -> None:
     arguments = (*TINY, "train.steps=1000000", "train.log_every=1")
     process = subprocess.Popen(
         command(2, ROOT / "launch/train.py", *arguments),
@@ -218,9 +220,11 @@ def test_an_interrupt_ends_all_ranks_and_keeps_the_metrics(tmp_path: Path) -> No
         rest, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode != 0
-    assert "Interrupted. The run folder keeps the metrics so far." in rest
-    assert read_metrics(tmp_path / "runs/tiny/metrics.jsonl")[0].step == 1
+    assert process.returncode == 1, "torchrun's own; its ranks end with 0"
+    last = read_metrics(tmp_path / "runs/tiny/metrics.jsonl")[-1].step
+    saved = f"saved to runs/tiny/checkpoints/step-{last:08}"
+    assert f"stopped by SIGINT after step {last}/1000000, {saved}\nto go on: the same" in rest
+    assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08}/manifest.json").exists()
 
 
 def test_no_ddp_wrapper_outlives_the_process_group(tmp_path: Path) -> None:
