@@ -13,6 +13,40 @@ from distmuon.options import read_options
 from distmuon.orthogonalize.coefficients import resolve
 
 
+def read_group(
+    group: Mapping[str, Any], index: int, defaults: Mapping[str, Any], names: Mapping[Tensor, str]
+) -> tuple[list[Any], dict[Tensor, str]]:
+    """Check a new parameter group.
+
+    Args:
+        group: As in torch.optim, with the optional keys of `Muon`.
+        index: Its position, for messages.
+        defaults: What it does not say itself.
+        names: FQN of each parameter in the groups before it.
+
+    Returns:
+        Its parameters as given, in a list, and the FQNs of all parameters.
+
+    Raises:
+        ValueError: as `check_group`, or if a parameter is in a group already.
+        TypeError: as `check_group`, or if it is no group at all.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"Invalid group of type {type(group).__name__}. Must be a dict.")
+    entries = list_parameters(group, index)
+    named = name_parameters(entries, index)
+    check_group({**defaults, **group, "params": named}, index)
+    merged = dict(names)
+    for name, parameter in named:
+        if parameter in merged:
+            raise ValueError(
+                f"{name} is already in the optimizer as {merged[parameter]}. Every parameter "
+                "must be in exactly one group, once; a tied weight is one parameter."
+            )
+        merged[parameter] = name
+    return entries, merged
+
+
 def list_parameters(group: Mapping[str, Any], index: int) -> list[Any]:
     """The parameters of a group as given: tensors, or (FQN, tensor) pairs.
 
@@ -101,11 +135,11 @@ def merge_groups(
         saved: The "param_groups" of a state dictionary, ours or torch.optim.Muon's.
 
     Returns:
-        One group for each of ours, with the saved group's parameter numbers.
+        One group for each of ours; its "params" are the saved keys in our order.
 
     Raises:
-        ValueError: for another number of groups or parameters, another algorithm, or a value out
-            of range.
+        ValueError: for another number of groups or parameters, other names, another algorithm, or
+            a value out of range.
     """
     sizes, saved_sizes = ([len(g["params"]) for g in some] for some in (groups, saved))
     if sizes != saved_sizes:
@@ -123,9 +157,23 @@ def merge_groups(
             )
         if group["adjust_lr_fn"] is None:  # torch.optim.Muon's default
             group["adjust_lr_fn"] = "original"
+        ours = [names[p] for p in here["params"]]
+        group["params"] = _saved_keys(ours if "param_names" in here else None, there, index)
+        group.pop("param_names", None)
+        group |= {"param_names": ours} if "param_names" in here else {}
         check_group({**group, "params": [(names[p], p) for p in here["params"]]}, index)
         merged.append(group)
     return merged
+
+
+def canonical_name(name: str) -> str:
+    """The FQN without what DistributedDataParallel and torch.compile put into it.
+
+    Args:
+        name: A parameter's name, from `named_parameters()` of a wrapped or a bare model.
+    """
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
 
 
 def refuse_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
@@ -160,6 +208,27 @@ _KEYS = (
     "eps",
     "reasons",
 )
+
+
+def _saved_keys(
+    names: Sequence[str] | None, saved: Mapping[str, Any], index: int
+) -> list[int | str]:
+    """Keys of a saved group's state in the order of `names`; in its own where one has no names."""
+    keys = list(saved["params"])
+    theirs = keys if all(isinstance(key, str) for key in keys) else saved.get("param_names")
+    if names is None or theirs is None:
+        return keys
+    found = {canonical_name(name): key for name, key in zip(theirs, keys, strict=True)}
+    wanted = [canonical_name(name) for name in names]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        foreign = [name for name in found if name not in wanted]
+        raise ValueError(
+            f"Group {index} was saved without {missing[0]}; in its place it has {foreign[0]} "
+            f"({len(missing)} parameters differ). Load it into the same model, or rename its keys; "
+            'to load by position leave "param_names" out of its groups.'
+        )
+    return [found[name] for name in wanted]
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:

@@ -13,19 +13,14 @@ from typing_extensions import override
 from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
 from distmuon.engine import Engine
-from distmuon.group_check import (
-    check_group,
-    list_parameters,
-    merge_groups,
-    name_parameters,
-    refuse_grad_scaler,
-)
+from distmuon.group_check import merge_groups, read_group, refuse_grad_scaler
 from distmuon.layout import LayoutKind
-from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce
+from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan, build_plan
 from distmuon.report import Report, make_report
-from distmuon.state_io import StateKeeper
+from distmuon.state_io import StateKeeper, key_by_name
+from distmuon.state_part import StateByParameter
 from distmuon.update_rules import AdjustLrFn
 
 if TYPE_CHECKING:
@@ -68,6 +63,7 @@ class Muon(torch.optim.Optimizer):
         missing_grad: MissingGrad = "raise",
         wave_bytes: int = 64 * 2**20,
         check_desync_every: int = 0,
+        state_dict_kind: StateDictKind = "whole",
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -101,6 +97,8 @@ class Muon(torch.optim.Optimizer):
             wave_bytes: Bytes of momentum that one rank fetches at a time; bounds the buffers.
             check_desync_every: Compare a checksum of all parameters over the ranks before every
                 so many updates, and name the ranks that differ; 0 only before the first.
+            state_dict_kind: What `state_dict` returns: "whole" tensors, or what
+                `sharded_state_dict` does, for frameworks on torch.distributed.checkpoint.
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
@@ -115,7 +113,7 @@ class Muon(torch.optim.Optimizer):
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None
         self._attached = False
-        self._keeper = StateKeeper(self._communicator)
+        self._keeper = StateKeeper(self._communicator, state_dict_kind)
         defaults: dict[str, Any] = {
             "algorithm": "muon",
             "lr": lr,
@@ -154,23 +152,12 @@ class Muon(torch.optim.Optimizer):
                 "The parameters are already laid out over the ranks. Add parameter groups before "
                 "the first step(), or build a new optimizer."
             )
-        if not isinstance(param_group, dict):
-            raise TypeError(f"Invalid group of type {type(param_group).__name__}. Must be a dict.")
         index = len(self.param_groups)
-        entries = list_parameters(param_group, index)
-        named = name_parameters(entries, index)
-        check_group({**self.defaults, **param_group, "params": named}, index)
-        names = dict(self._names)
-        for name, parameter in named:
-            if parameter in names:
-                raise ValueError(
-                    f"{name} is already in the optimizer as {names[parameter]}. Every parameter "
-                    "must be in exactly one group, once; a tied weight is one parameter."
-                )
-            names[parameter] = name
+        entries, names = read_group(param_group, index, self.defaults, self._names)
         group = {key: value for key, value in param_group.items() if key != "reasons"}
         super().add_param_group({**group, "params": entries})
         self._names = names
+        self._keeper.mark(self.state, self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -316,47 +303,58 @@ class Muon(torch.optim.Optimizer):
 
         Raises:
             ValueError: if `to` is not a rank of the group.
+            RuntimeError: if `state_dict` returns handles.
         """
-        self._keeper.consolidate(self._buckets(), to=to)
+        self._keeper.consolidate(to=to)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """State by FQN in handles for torch.distributed.checkpoint. Never a collective.
+
+        Returns:
+            As `state_dict`, but views of each rank's part: `save` writes it, `load` reads into it,
+            from any number of ranks. Then give this to `load_state_dict`, for the numbers in it.
+
+        Raises:
+            ValueError: if the parameters have no names.
+        """
+        return key_by_name(self._pack(self._keeper.sharded(self._specify())))
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """State of every parameter, in torch's form. Never a collective.
 
         Returns:
-            An ordinary optimizer dictionary, the same for every world size: "momentum_buffer", or
-            "exp_avg" and "exp_avg_sq", in each parameter's own shape, and "step". The fp32
-            "master" of narrow parameters too.
+            An ordinary optimizer dictionary, the same for every world size, named as torch.optim
+            does: "momentum_buffer", or "step", "exp_avg" and "exp_avg_sq", in each parameter's own
+            shape; the fp32 "master" of narrow parameters too. With `state_dict_kind="sharded"`
+            handles of them.
 
         Raises:
             RuntimeError: over several ranks, each of which holds a part, unless this rank has just
                 received the whole from `consolidate_state_dict`.
         """
-        self.state.update(self._keeper.whole(self._buckets()))
-        try:
-            return super().state_dict()
-        finally:
-            self._mark_state()
+        return self._pack(self._keeper.to_save(self._specify()))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take hyperparameters and state from a full dictionary, at any world size.
+        """Take hyperparameters and state, from a full dictionary at any world size.
 
         Args:
-            state_dict: From `state_dict` of an optimizer with the same groups, or of
-                torch.optim.Muon. At the first step, or at once if there was one, each rank keeps
-                its own part; momentum stays fp32 whatever the parameters' dtype.
+            state_dict: From `state_dict` of an optimizer with the same groups or of
+                torch.optim.Muon, by parameter number or FQN, or from `sharded_state_dict`. Each
+                rank keeps its own part; momentum stays fp32 whatever the parameters' dtype.
 
         Raises:
             ValueError: for other groups, hyperparameters out of range, or state that is partial,
                 foreign or misshaped, naming the parameter; nothing has been changed then.
         """
         merged = merge_groups(self.param_groups, self._names, state_dict["param_groups"])
-        self._keeper.load(self.param_groups, self._names, state_dict)
+        specs = self._specify()
+        saved = self._keeper.check(specs, self.param_groups, merged, state_dict["state"])
         # torch's own loading of state would cast momentum to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
-        self._mark_state()
-        self._keeper.deliver(self._buckets())
+        self._keeper.load(specs, saved)
+        self._keeper.mark(self.state, self.param_groups)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -383,17 +381,14 @@ class Muon(torch.optim.Optimizer):
     def _open(self) -> Engine:
         if self._engine is None:
             engine = Engine(self._specify(), self.param_groups, self._policy, self._communicator)
-            self._keeper.deliver(engine.buckets)
+            self._keeper.open(engine.buckets)
             self._engine = engine
-            self._mark_state()
+            self._keeper.mark(self.state, self.param_groups)
         return self._engine
 
-    def _mark_state(self) -> None:
-        # The state itself lies in the engine's buffers. But torch.distributed.checkpoint takes a
-        # step of its own where an optimizer that has stepped looks stateless.
-        self.state.clear()
-        if self._engine is not None:
-            self.state.update({parameter: {} for parameter in self._names})
-
-    def _buckets(self) -> Sequence[Bucket]:
-        return self._engine.buckets if self._engine is not None else ()
+    def _pack(self, state: StateByParameter) -> dict[str, Any]:
+        self.state.update(state)
+        try:
+            return super().state_dict()
+        finally:
+            self._keeper.mark(self.state, self.param_groups)

@@ -18,6 +18,7 @@ ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
 Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip"]
 MissingGrad = Literal["raise", "zero"]
+StateDictKind = Literal["whole", "sharded"]
 NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,7 +168,7 @@ class Shard:
         Returns:
             Runs in shard order. Alignment gaps inside a run are covered: they hold zeros.
         """
-        self.steps = [step + has for step, has in zip(self.steps, present, strict=True)]
+        self.steps[:] = [step + has for step, has in zip(self.steps, present, strict=True)]
         merged: list[Run] = []
         follows = False  # whether the piece before this one belongs to the last run
         for segment in self.segments:
@@ -207,8 +207,19 @@ class Shard:
         """Bytes of optimizer state on this rank, the fp32 master of narrow parameters included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def reset(self) -> None:
-        """Forget all state, as before the first step."""
-        self.steps = [0] * len(self.steps)
-        for tensor in self.state.values():
-            tensor.zero_()
+    def take_state(self, steps: list[int], tensors: Mapping[str, Tensor]) -> None:
+        """Go on with state that was loaded before there was a shard.
+
+        Args:
+            steps: How often each parameter has been updated; kept, not copied.
+            tensors: Named state, each [layout.shard_numel], and perhaps "master"; those of the
+                right dtype and device are kept, not copied.
+        """
+        self.steps = steps
+        for name, tensor in tensors.items():
+            here = self.master if name == "master" else self.state[name]
+            there = tensor.to(here)
+            if name != "master":
+                self.state[name] = there
+            elif self.master.dtype != self.flat.dtype:
+                self.master = there

@@ -1,51 +1,115 @@
-"""Optimizer state between a shard's flat buffers and torch's dictionary of whole tensors."""
+"""Optimizer state as torch's dictionaries, whole or sharded: where it is kept, what is refused."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, get_args
 
 from torch import Tensor
 
-from distmuon.buckets import STATE_NAMES, Bucket
+from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
 from distmuon.collectives import Communicator
+from distmuon.dcp import StateHandle
 from distmuon.failure import Topic
-from distmuon.options import Algorithm
-
-WholeState = Mapping[str, Any]
+from distmuon.options import Algorithm, StateDictKind
+from distmuon.state_part import (
+    Row,
+    StateByParameter,
+    StatePart,
+    fill,
+    full_state,
+    gather_full_state,
+    handles,
+    new_part,
+    rows,
+    wanted_state,
+)
 
 
 class StateKeeper:
-    """Whole state on its way in or out: loaded before there are buffers, or gathered for saving."""
+    """The optimizer's state as dictionaries: whole or in handles, before and after the first step.
 
-    def __init__(self, communicator: Communicator) -> None:
+    State that is loaded before the first step is cut at once, so that no rank keeps more than its
+    own part.
+    """
+
+    def __init__(self, communicator: Communicator, kind: StateDictKind) -> None:
         """Keep nothing yet.
 
         Args:
             communicator: The group that state is sharded over.
+            kind: What to save.
+
+        Raises:
+            ValueError: for an unknown kind.
         """
+        if kind not in get_args(StateDictKind):
+            raise ValueError(
+                f"Invalid state_dict_kind={kind!r}. Must be one of {get_args(StateDictKind)}."
+            )
         self._communicator = communicator
-        self._loaded: Mapping[Tensor, WholeState] | None = None
-        self._gathered: Mapping[Tensor, WholeState] | None = None
+        self._kind = kind
+        self._pending: list[StatePart] = []  # until there are buckets
+        self._buckets: Sequence[Bucket] = ()
+        self._gathered: StateByParameter | None = None
         self._gathered_to: int | None = None
 
-    def consolidate(self, buckets: Sequence[Bucket], *, to: int) -> None:
+    def open(self, buckets: Sequence[Bucket]) -> None:
+        """Give the buckets what was loaded before the first step; from now on theirs is the state.
+
+        Args:
+            buckets: All of the engine's.
+
+        Raises:
+            RuntimeError: if the parameters were laid out otherwise when it was loaded.
+        """
+        if self._pending:
+            self._check_layout([bucket.spec for bucket in buckets])
+            for bucket, part in zip(buckets, self._pending, strict=True):
+                bucket.shard.take_state(part.steps, part.tensors)
+        self._buckets, self._pending = buckets, []
+
+    def mark(
+        self, state: MutableMapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Say in `Optimizer.state` what there is, without values: these lie in flat buffers.
+
+        torch.distributed.checkpoint takes a step of its own where an optimizer looks stateless, and
+        asks here what its state is called.
+
+        Args:
+            state: The optimizer's.
+            groups: `param_groups`.
+        """
+        state.clear()
+        if self._parts() or self._kind == "sharded":
+            for group in groups:
+                for parameter in group["params"]:
+                    state[parameter] = dict.fromkeys(wanted_state(group["algorithm"], parameter))
+
+    def consolidate(self, *, to: int) -> None:
         """Gather the state of all buckets on one rank. A collective.
 
         Args:
-            buckets: Where the state is.
             to: The rank that receives.
 
         Raises:
             ValueError: if `to` is not a rank.
+            RuntimeError: if handles are what is saved.
         """
+        if self._kind == "sharded":
+            raise RuntimeError(
+                'With state_dict_kind="sharded" state_dict() returns handles, so nothing would use '
+                "what is gathered. Save them with torch.distributed.checkpoint; its "
+                "dcp_to_torch_save makes one file of a checkpoint."
+            )
         if not 0 <= to < self._communicator.world_size:
             raise ValueError(f"Invalid {to=}. Must be in [0, {self._communicator.world_size}).")
-        state: dict[Tensor, WholeState] = {}
-        for bucket in buckets:
-            with self._communicator.during(Topic("consolidate", None, bucket.spec.names)):
-                state.update(gather_full_state(bucket, self._communicator, to=to))
+        state: StateByParameter = {}
+        for part in self._parts():
+            with self._communicator.during(Topic("consolidate", None, part.spec.names)):
+                state.update(gather_full_state(part, self._communicator, to=to))
         self._gathered_to = to
         self._gathered = state if self._communicator.rank == to else None
 
@@ -53,168 +117,205 @@ class StateKeeper:
         """What was gathered is no longer the state."""
         self._gathered, self._gathered_to = None, None
 
-    def whole(self, buckets: Sequence[Bucket]) -> Mapping[Tensor, WholeState]:
-        """State of every parameter. Never a collective.
+    def to_save(self, specs: Sequence[BucketSpec]) -> StateByParameter:
+        """State of every parameter, whole or in handles. Never a collective.
 
         Args:
-            buckets: Where the state is; none before the first step.
+            specs: All buckets.
 
         Returns:
             For each parameter its state.
 
         Raises:
+            RuntimeError: as `whole` and `sharded`.
+        """
+        return self.whole() if self._kind == "whole" else self.sharded(specs)
+
+    def whole(self) -> StateByParameter:
+        """State of every parameter. Never a collective.
+
+        Returns:
+            For each parameter its state; nothing before the first step or loading.
+
+        Raises:
             RuntimeError: if this rank has only its part.
         """
         world_size = self._communicator.world_size
-        if not buckets:
-            return self._loaded or {}
-        if world_size == 1:
-            return {p: state for bucket in buckets for p, state in full_state(bucket).items()}
+        if world_size == 1 or not self._parts():
+            return {p: state for part in self._parts() for p, state in full_state(part).items()}
         if self._gathered is not None:
             return self._gathered
         where = "" if self._gathered_to is None else f"Rank {self._gathered_to} has the whole. "
         raise RuntimeError(
             f"This rank holds 1/{world_size} of the optimizer state, and state_dict() does not "
-            f"communicate: saved as it is, the other shards would be lost. {where}Call "
+            f"communicate: saved as it is, the other shards would be lost. {where}Either call "
             "consolidate_state_dict(to=0) on every rank after the step, then state_dict() on rank "
-            "0 alone."
+            "0 alone. Or let every rank write its part: give sharded_state_dict() to "
+            "torch.distributed.checkpoint.save, or build the optimizer with "
+            'state_dict_kind="sharded" for a framework that calls state_dict() itself.'
         )
 
-    def load(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        names: Mapping[Tensor, str],
-        saved: Mapping[str, Any],
-    ) -> None:
-        """Check a whole state dictionary and keep it until there are buffers.
+    def sharded(self, specs: Sequence[BucketSpec]) -> StateByParameter:
+        """State of every parameter as handles of this rank's part. Never a collective.
 
         Args:
-            groups: `param_groups`.
-            names: FQN of each parameter.
-            saved: From `state_dict`, of the same groups.
+            specs: All buckets; before the first step their state is allocated, as zeros.
+
+        Returns:
+            For each parameter its state: a `StateHandle` for each tensor and, where the rule needs
+            it, "step" as torch.optim.AdamW has it.
 
         Raises:
-            ValueError: for state that is partial, foreign or misshaped.
+            RuntimeError: if the parameters were laid out otherwise when state was loaded.
         """
-        loaded: dict[Tensor, WholeState] = {}
-        if saved["state"]:
-            for here, there in zip(groups, saved["param_groups"], strict=True):
-                entries = [saved["state"].get(key) for key in there["params"]]
-                fqns = [names[parameter] for parameter in here["params"]]
-                check_saved(here["algorithm"], fqns, here["params"], entries)
-                # Copies: another optimizer's dictionary holds the tensors that it goes on updating.
-                loaded.update(zip(here["params"], map(copy.deepcopy, entries), strict=True))
-        self._loaded = loaded
-        self.forget_gathered()
+        self._allocate(specs)
+        self._check_layout(specs)
+        return {p: state for part in self._parts() for p, state in handles(part).items()}
 
-    def deliver(self, buckets: Sequence[Bucket]) -> None:
-        """Put what was loaded into the buffers.
+    def check(
+        self,
+        specs: Sequence[BucketSpec],
+        groups: Sequence[Mapping[str, Any]],
+        saved_groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Any],
+    ) -> dict[Tensor, Any]:
+        """Refuse state that `load` could not take; nothing is changed.
 
         Args:
-            buckets: Where the state goes; none before the first step, when it is kept.
+            specs: All buckets.
+            groups: `param_groups`.
+            saved_groups: From `merge_groups`: "params" are the saved keys in our order.
+            state: The "state" of a dictionary.
+
+        Returns:
+            The saved state of each parameter; nothing at all for empty state.
+
+        Raises:
+            ValueError: for state that is partial, foreign or misshaped, naming the parameter.
         """
-        if self._loaded is None or not buckets:
-            return
-        for bucket in buckets:
-            bucket.shard.reset()
-            if self._loaded:
-                load_full_state(bucket, self._loaded)
-        self._loaded = None
+        saved = _match_saved(groups, saved_groups, state)
+        for spec in specs if saved else ():
+            for row in rows(spec, self._communicator.rank):
+                _check_entry(spec.algorithm, row, saved[row.parameter])
+        return saved
+
+    def load(self, specs: Sequence[BucketSpec], saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Take this rank's part of every parameter's state, from tensors that are whole or handles.
+
+        Args:
+            specs: All buckets.
+            saved: What `check` has passed; empty to start anew.
+        """
+        self.forget_gathered()
+        # What was there may be laid out otherwise; but keep what handles are views of.
+        if not saved or self._differs(specs):
+            self._pending = []
+        if saved:
+            self._allocate(specs)
+        for part in self._parts():
+            fill(part, saved)
+
+    def _parts(self) -> list[StatePart]:
+        rank = self._communicator.rank
+        live = [StatePart(b.spec, rank, b.shard.steps, b.shard.tensors) for b in self._buckets]
+        return live or self._pending
+
+    def _allocate(self, specs: Sequence[BucketSpec]) -> None:
+        if not self._parts():
+            self._pending = [new_part(spec, self._communicator.rank) for spec in specs]
+
+    def _differs(self, specs: Sequence[BucketSpec]) -> bool:
+        here = [(part.spec.algorithm, part.spec.layout) for part in self._parts()]
+        return here != [(spec.algorithm, spec.layout) for spec in specs]
+
+    def _check_layout(self, specs: Sequence[BucketSpec]) -> None:
+        if self._differs(specs):
+            raise RuntimeError(
+                "The parameters are laid out otherwise than when state was loaded or asked for: "
+                "groups were added, or some parameters changed their dtype or device. Load state "
+                "(load_state_dict) after the model is on its device and the groups are complete."
+            )
 
 
-def full_state(bucket: Bucket) -> dict[Tensor, dict[str, Any]]:
-    """State of each parameter of an unsharded bucket.
+def key_by_name(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's dictionary with FQNs in place of parameter numbers.
 
     Args:
-        bucket: A bucket whose layout has world size 1.
+        packed: From torch's `state_dict`.
 
     Returns:
-        For each parameter its number of updates, "step", and its state tensors in its own shape:
-        views of the bucket's buffers.
-    """
-    return _by_parameter(bucket, bucket.shard.tensors)
-
-
-def gather_full_state(
-    bucket: Bucket, communicator: Communicator, *, to: int
-) -> dict[Tensor, dict[str, Any]]:
-    """State of each parameter of a sharded bucket, on one rank. A collective.
-
-    Args:
-        bucket: The bucket.
-        communicator: The group it is sharded over.
-        to: The rank that receives.
-
-    Returns:
-        As `full_state`, in host memory and of its own; empty on the other ranks.
-    """
-    gathered = {
-        name: communicator.gather(tensor, to=to) for name, tensor in bucket.shard.tensors.items()
-    }
-    if communicator.rank != to:
-        return {}
-    whole = {name: tensor.cpu() for name, tensor in gathered.items() if tensor is not None}
-    return _by_parameter(bucket, whole)
-
-
-def load_full_state(bucket: Bucket, saved: Mapping[Tensor, WholeState]) -> None:
-    """Take this rank's part of every parameter's whole state.
-
-    Args:
-        bucket: Where the state goes; its world size does not matter.
-        saved: Checked by `check_saved`.
-    """
-    shard = bucket.shard
-    shard.steps = [int(saved[parameter].get("step", 0)) for parameter in shard.parameters]
-    for name, tensor in shard.tensors.items():
-        for segment in shard.segments:
-            whole = saved[shard.parameters[segment.tensor]].get(name)
-            if whole is not None:
-                piece = whole.reshape(-1)[segment.tensor_start :][: segment.numel]
-                tensor[segment.shard_start :][: segment.numel].copy_(piece)
-
-
-def check_saved(
-    algorithm: Algorithm, names: Sequence[str], parameters: Sequence[Tensor], saved: Sequence[Any]
-) -> None:
-    """Refuse state that is partial, foreign or misshaped, before anything is changed.
-
-    Args:
-        algorithm: The group's update rule.
-        names: FQN of each of its parameters.
-        parameters: The parameters.
-        saved: The saved state of each; None where the file has none.
+        The same with FQNs in "state" and in the groups' "params".
 
     Raises:
-        ValueError: naming the parameter, what was expected and what was found.
+        ValueError: if the optimizer does not know the parameters' names.
     """
-    # Muon's rule does not depend on the number of the step, and torch.optim.Muon saves none.
-    wanted = STATE_NAMES[algorithm] if algorithm == "muon" else ("step", *STATE_NAMES[algorithm])
-    for name, parameter, entry in zip(names, parameters, saved, strict=True):
-        found = sorted(entry) if isinstance(entry, Mapping) else []
-        if any(key not in found for key in wanted):
+    names: dict[int, str] = {}
+    groups = []
+    for index, group in enumerate(packed["param_groups"]):
+        fqns = list(group.get("param_names", ()))
+        if len(fqns) != len(group["params"]):
             raise ValueError(
-                f"The saved state of {name} has {found}. {algorithm} needs {list(wanted)}. "
-                "Was it saved by another optimizer, or is it one rank's part of a sharded one?"
+                f"The parameters of group {index} have no names to save them under. Give the "
+                "optimizer (name, parameter) pairs, as build_param_groups does."
             )
-        for key in (*STATE_NAMES[algorithm], *(("master",) if "master" in entry else ())):
-            value = entry[key]
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"The saved {key} of {name} is {shape}. Must be a tensor of shape "
-                    f"{list(parameter.shape)}."
-                )
+        names.update(zip(group["params"], fqns, strict=True))
+        groups.append({**group, "params": fqns})
+    state = {names[key]: entry for key, entry in packed["state"].items()}
+    return {"state": state, "param_groups": groups}
 
 
-def _by_parameter(bucket: Bucket, flat: Mapping[str, Tensor]) -> dict[Tensor, dict[str, Any]]:
-    shard = bucket.shard
-    rows = zip(shard.parameters, shard.layout.specs, shard.layout.offsets, shard.steps, strict=True)
-    return {
-        parameter: {"step": step}
-        | {
-            name: tensor[offset : offset + spec.numel].view(spec.shape)
-            for name, tensor in flat.items()
-        }
-        for parameter, spec, offset, step in rows
+def _match_saved(
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+) -> dict[Tensor, Any]:
+    keys = {
+        key: parameter
+        for here, there in zip(groups, saved_groups, strict=True)
+        for parameter, key in zip(here["params"], there["params"], strict=True)
     }
+    foreign = [key for key in state if key not in keys]
+    if foreign:
+        raise ValueError(
+            f"The file has state of {foreign[:3]}, which none of its parameter groups lists "
+            f"({len(foreign)} such entries). Is it one rank's part, or put together by hand?"
+        )
+    return {parameter: state.get(key) for key, parameter in keys.items()} if state else {}
+
+
+def _check_entry(algorithm: Algorithm, row: Row, saved: Any) -> None:
+    entry = saved if isinstance(saved, Mapping) else {}
+    found = sorted(map(str, entry))
+    # Without a master the parameter's own value is taken.
+    wanted = [key for key in wanted_state(algorithm, row.parameter) if key != "master"]
+    if any(key not in found for key in wanted):
+        raise ValueError(
+            f"The saved state of {row.tensor.name} has {found}. {algorithm} needs {wanted}. Was it "
+            "saved by another optimizer, or is it one rank's part of a sharded one?"
+        )
+    for key in (*STATE_NAMES[algorithm], "master"):
+        if key in entry:
+            _check_tensor(row, key, entry[key])
+    _check_step(row, entry.get("step", 0))
+
+
+def _check_tensor(row: Row, key: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.shape != row.parameter.shape:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"The saved {key} of {row.tensor.name} is {shape}. Must be a tensor of shape "
+            f"{list(row.parameter.shape)}."
+        )
+    numel = row.where.stop - row.where.start
+    if isinstance(value, StateHandle) and (value.start, value.local.numel()) != (row.start, numel):
+        raise ValueError(
+            f"{value!r} is a handle from another layout: here this rank holds elements {row.start} "
+            f"to {row.start + numel}. Load the file into this optimizer's own handles, those of "
+            "sharded_state_dict()."
+        )
+
+
+def _check_step(row: Row, value: Any) -> None:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(number, (int, float)) or not 0 <= number < math.inf or number % 1:
+        raise ValueError(f"The saved step of {row.tensor.name} is {value!r}. Must be a count.")

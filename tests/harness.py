@@ -218,10 +218,13 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
     Importing torch anew takes several seconds for each rank. The server itself never computes, so
     it has one thread and no OpenMP pool when it forks, and no rank can inherit a held lock.
-    `torch._dynamo` is there because the first `torch.optim.Optimizer` of a process imports it.
+    `torch._dynamo` is there because the first `torch.optim.Optimizer` of a process imports it, and
+    torch.distributed.checkpoint because it takes a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pytest"])
+    context.set_forkserver_preload(
+        ["torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "pytest"]
+    )
     return context
 
 

@@ -497,7 +497,7 @@ def test_loading_an_empty_state_starts_anew() -> None:
     give_gradients(params, 0)
     optimizer.step()
     optimizer.load_state_dict(initial)
-    assert all(not entry["step"] for entry in optimizer.state_dict()["state"].values())
+    assert all(not entry.get("step") for entry in optimizer.state_dict()["state"].values())
     assert not optimizer.state_dict()["state"][0]["momentum_buffer"].any()
 
 
