@@ -238,3 +238,23 @@ def test_changing_every_dtype_after_loading_is_fine() -> None:
     assert torch.equal(loaded, saved["state"][0]["momentum_buffer"])
     step(other)
     assert "master" in other.state_dict()["state"][0]
+
+
+def test_masters_are_the_parameters_values_before_the_first_step() -> None:
+    optimizer = make(dtype=torch.bfloat16)
+    state = optimizer.sharded_state_dict()["state"]
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert torch.equal(state[name]["master"].local, parameter.detach().float().flatten())
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_optimizers_own_handles_change_nothing_when_they_are_loaded(stepped: bool) -> None:
+    optimizer, twin = make(state_dict_kind="sharded"), make()
+    for each in (optimizer, twin) if stepped else ():
+        step(each)
+    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate's prepare does
+    for each in (optimizer, twin):
+        step(each, 1)
+    for mine, other in zip(optimizer.param_groups, twin.param_groups, strict=True):
+        assert all(map(torch.equal, mine["params"], other["params"]))
