@@ -3,6 +3,19 @@
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.folders import latest
 from distmuon.checkpoint.loading import Loaded, load
+from distmuon.checkpoint.offline import consolidate, export, read_export, reshard, verify
 from distmuon.checkpoint.saving import PendingSave, save
 
-__all__ = ["CheckpointError", "Loaded", "PendingSave", "latest", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "Loaded",
+    "PendingSave",
+    "consolidate",
+    "export",
+    "latest",
+    "load",
+    "read_export",
+    "reshard",
+    "save",
+    "verify",
+]

@@ -73,12 +73,15 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+) -> FileEntry:
     """Write a safetensors file and make it durable.
 
     Args:
         path: Its place; an existing file is overwritten.
         tensors: Contiguous; on another device than the CPU a host copy is made.
+        header: Text to go with them.
 
     Returns:
         Its name, size and SHA-256.
@@ -92,7 +95,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     try:
         # From safetensors 0.8 on written straight from the tensors' memory, without a copy, and
         # without the interpreter lock: training goes on beside it.
-        save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, path)
+        host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        save_file(host, path, dict(header) if header else None)
         sync(path)
         return FileEntry(path.name, path.stat().st_size, hash_file(path))
     except (OSError, SafetensorError) as error:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from distmuon.checkpoint.background import Background, note_name
+from distmuon.checkpoint.background import Background
+from distmuon.checkpoint.completion import Completion
 from distmuon.checkpoint.errors import CheckpointError
-from distmuon.checkpoint.files import require_safetensors, write_text
-from distmuon.checkpoint.folders import Workplace, claim, next_moment, prune
-from distmuon.checkpoint.manifest import MANIFEST, FileEntry, Manifest, dump
+from distmuon.checkpoint.files import require_safetensors
+from distmuon.checkpoint.folders import Workplace, claim
+from distmuon.checkpoint.manifest import FileEntry
 from distmuon.checkpoint.parts import Part, Source, Table, describe, gather_part
 from distmuon.checkpoint.together import all_ranks, find_communicator
 from distmuon.collectives import Communicator
@@ -22,47 +22,6 @@ from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True, slots=True)
-class _Completion:
-    """Rank 0's last work.
-
-    Attributes:
-        workplace: Where the files are.
-        manifest: Without the files.
-        keep_latest: How many checkpoints to keep, or None.
-    """
-
-    workplace: Workplace
-    manifest: Manifest
-    keep_latest: int | None
-
-    def run(self, files: Sequence[FileEntry]) -> None:
-        """Write the manifest, give the folder its name, remove what is too old.
-
-        Args:
-            files: Of every rank.
-
-        Raises:
-            CheckpointError: naming the file.
-        """
-        folder, parent = self.workplace.path, self.workplace.target.parent
-        for rank, file in enumerate(files):
-            if not (folder / file.name).exists():
-                raise CheckpointError(
-                    f"{folder / file.name} was written by rank {rank}, but rank 0 does not see "
-                    "it. Save to a file system that all ranks share."
-                )
-            (folder / note_name(rank)).unlink(missing_ok=True)
-        whole = replace(self.manifest, saved_at=next_moment(parent), files=tuple(files))
-        write_text(folder / MANIFEST, dump(whole))
-        try:
-            self.workplace.finish()
-        except OSError as error:
-            raise CheckpointError(f"{self.workplace.target} cannot be written: {error}") from error
-        if self.keep_latest is not None:
-            prune(parent, self.keep_latest)
 
 
 class PendingSave:
@@ -208,7 +167,7 @@ def settle() -> None:
 
 def _prepare(
     source: Source, target: Path, keep_latest: int | None, communicator: Communicator
-) -> tuple[Part, _Completion | None, Path]:
+) -> tuple[Part, Completion | None, Path]:
     parts: list[Part] = []
 
     def gather() -> tuple[str, Table, Table]:
@@ -219,19 +178,19 @@ def _prepare(
     paths = [path for path, _, _ in gathered]
     if len(set(paths)) > 1:
         raise CheckpointError(f"The ranks save to different paths: {paths}. Give all the same one.")
-    completions: list[_Completion] = []
+    completions: list[Completion] = []
 
     def begin() -> str | None:
         if communicator.rank != 0:
             return None
         manifest = describe(source, [each[1] for each in gathered], [each[2] for each in gathered])
-        completions.append(_Completion(claim(target), manifest, keep_latest))
+        completions.append(Completion(claim(target), manifest, keep_latest))
         return str(completions[0].workplace.path)
 
     folder = all_ranks(communicator, begin)[0]
     return parts[0], (completions[0] if completions else None), Path(str(folder))
 
 
-def _complete(completion: _Completion | None, files: Sequence[FileEntry]) -> None:
+def _complete(completion: Completion | None, files: Sequence[FileEntry]) -> None:
     if completion is not None:
         completion.run(files)

@@ -35,6 +35,7 @@ FLOORS = (
     ("checkpoint", "migrate"),
     ("adapters", "training"),
     ("cli",),
+    ("__main__",),
     ("launch",),
 )
 PURE_FLOORS = 3

@@ -1,0 +1,1 @@
+"""The command `distmuon`: one module per command, each with `add_parser`, listed in `main`."""

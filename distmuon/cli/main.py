@@ -1,0 +1,51 @@
+"""The command line: finds the command, runs it, turns what it raises into an exit code.
+
+A command is a module with `add_parser(commands)`, which adds its parser and sets `run`, a function
+from the parsed options to an exit code. It imports what it needs inside that function, so that
+`--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from distmuon.cli import ckpt
+from distmuon.version import __version__
+
+COMMANDS = (ckpt,)
+
+DESCRIPTION = """\
+Tools around distmuon, Muon with ZeRO-1.
+
+Exit codes: 0 done, 1 what was looked at is broken, 2 the command was used wrongly."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="distmuon",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"distmuon {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    try:
+        options = parser.parse_args(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `distmuon ... | head`
+        sys.stderr.close()
+        return 0
+    return code
