@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from distmuon import Muon, checkpoint
+from distmuon.checkpoint import PendingSave
 
 SIDE = 1024
 
@@ -72,16 +73,16 @@ def _build(parameters: float) -> tuple[nn.ParameterDict, Muon]:
     return model, optimizer
 
 
-def _save_state(setting: Setting) -> None:
-    checkpoint.save(setting.folder / "ours", setting.optimizer)
+def _save_state(setting: Setting) -> PendingSave:
+    return checkpoint.save(setting.folder / "ours", setting.optimizer)
 
 
-def _save_all(setting: Setting) -> None:
-    checkpoint.save(setting.folder / "ours", setting.optimizer, model=setting.model)
+def _save_all(setting: Setting) -> PendingSave:
+    return checkpoint.save(setting.folder / "ours", setting.optimizer, model=setting.model)
 
 
-def _save_async(setting: Setting) -> None:
-    checkpoint.save(setting.folder / "ours", setting.optimizer, async_save=True)
+def _save_async(setting: Setting) -> PendingSave:
+    return checkpoint.save(setting.folder / "ours", setting.optimizer, async_save=True)
 
 
 def _load(setting: Setting) -> None:
@@ -110,7 +111,8 @@ def _torch_save(content: object, path: Path) -> None:
     os.close(descriptor)
 
 
-VARIANTS: dict[str, Callable[[Setting], None]] = {
+Action = Callable[[Setting], PendingSave | None]
+VARIANTS: dict[str, Action] = {
     "checkpoint.save, state": _save_state,
     "checkpoint.load, state": _load,
     "checkpoint.save, state, async: until it returns": _save_async,
@@ -125,23 +127,18 @@ def _memory(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
-def _measure(action: Callable[[Setting], None], setting: Setting) -> Cost:
+def _measure(action: Action, setting: Setting) -> Cost:
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before, began = _memory("VmRSS"), time.perf_counter()
-    action(setting)
+    pending = action(setting)
     seconds, extra = time.perf_counter() - began, _memory("VmHWM") - before
-    _wait_for_pending(setting)
+    if pending is not None:
+        pending.wait()
     size = sum(f.stat().st_size for f in setting.folder.rglob("*") if f.is_file()) / 2**20
     costs: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(costs, (seconds, extra, size))
     return Cost(*(max(column) for column in zip(*costs, strict=True)))
-
-
-def _wait_for_pending(setting: Setting) -> None:
-    from distmuon.checkpoint.saving import settle
-
-    settle()
 
 
 def _rank(rank: int, options: argparse.Namespace, folder: str) -> None:

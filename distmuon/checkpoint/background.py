@@ -55,12 +55,14 @@ class Background:
             rank: This rank.
             world_size: Number of ranks.
         """
-        self._write, self._complete = write, complete
         self._folder, self._rank, self._world_size = folder, rank, world_size
         self._written, self._given_up = threading.Event(), threading.Event()
         self._problem: str | None = None
         self._failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name="distmuon-checkpoint", daemon=False)
+        # Only the thread holds `write`, and with it a copy of a shard, and drops it at its end.
+        self._thread = threading.Thread(
+            target=self._run, args=(write, complete), name="distmuon-checkpoint", daemon=False
+        )
         self._thread.start()
 
     def check_written(self) -> None:
@@ -88,9 +90,13 @@ class Background:
         self._given_up.set()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(
+        self,
+        write: Callable[[], FileEntry],
+        complete: Callable[[Sequence[FileEntry]], None] | None,
+    ) -> None:
         try:
-            note = asdict(self._write())
+            note = asdict(write())
         except Exception as error:  # whatever it is, it belongs to wait(), not to this thread
             self._problem = str(error)
             note = {"problem": self._problem}
@@ -101,10 +107,10 @@ class Background:
         if self._problem is not None:
             _logger.error("Rank %d could not save: %s", self._rank, self._problem)
         self._written.set()
-        if self._complete is None:
+        if complete is None:
             return
         try:
-            self._complete(self._collect_notes())
+            complete(self._collect_notes())
         except Exception as error:
             self._failure = str(error)
             _logger.error("The checkpoint was not completed: %s", error)

@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,19 +29,27 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-@dataclass(frozen=True, slots=True)
 class Workplace:
-    """The hidden folder that a save works in, held by rank 0.
+    """The hidden folder that a save works in, locked by rank 0.
 
     Attributes:
         path: The folder.
         target: What it becomes.
-        lock: Descriptor of the folder, locked.
     """
 
-    path: Path
-    target: Path
-    lock: int
+    def __init__(self, target: Path) -> None:
+        """Make the folder and lock it.
+
+        Args:
+            target: What it becomes; its parent exists.
+
+        Raises:
+            OSError: if it cannot be made.
+        """
+        self.target = target
+        self.path = target.with_name(f"{_UNFINISHED}{target.name}-{secrets.token_hex(4)}")
+        self.path.mkdir()
+        self._lock: int | None = _lock(self.path, fcntl.LOCK_EX)
 
     def finish(self) -> None:
         """Give the folder its final name; an older checkpoint of that name is removed.
@@ -61,7 +68,9 @@ class Workplace:
     def discard(self) -> None:
         """Remove what is left under the hidden name, as far as possible."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self.lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def claim(target: Path) -> Workplace:
@@ -86,9 +95,7 @@ def claim(target: Path) -> Workplace:
                 raise CheckpointError(f"{target} is a file. Save to another path.")
             refuse_foreign(target)
         _remove_leftovers(target.parent)
-        path = target.with_name(f"{_UNFINISHED}{target.name}-{secrets.token_hex(4)}")
-        path.mkdir()
-        return Workplace(path, target, _lock(path))
+        return Workplace(target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
 
@@ -106,10 +113,10 @@ def _exchange(one: Path, other: Path) -> None:
         )
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, how: int) -> int:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how)
     except BlockingIOError:
         os.close(descriptor)
         raise
@@ -123,7 +130,7 @@ def _lock(folder: Path) -> int:
 
 def _in_use(folder: Path) -> bool:
     try:
-        os.close(_lock(folder))
+        os.close(_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         return True
     except OSError:
@@ -168,14 +175,14 @@ def prune(folder: Path, keep_latest: int) -> None:
         folder: The folder that holds them.
         keep_latest: How many to keep.
     """
-    for path, _ in whole_siblings(folder)[:-keep_latest]:
-        # First out of sight: a kill in the middle must not leave half a checkpoint.
-        doomed = path.with_name(f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}")
-        try:
+    try:
+        for path, _ in whole_siblings(folder)[:-keep_latest]:
+            # First out of sight: a kill in the middle must not leave half a checkpoint.
+            doomed = path.with_name(f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}")
             os.rename(path, doomed)
             shutil.rmtree(doomed)
-        except OSError as error:
-            _logger.warning("%s could not be removed (keep_latest): %s", path, error)
+    except OSError as error:  # the new checkpoint is complete all the same
+        _logger.warning("keep_latest=%d could not be kept: %s", keep_latest, error)
 
 
 def latest(folder: str | Path, *, check: Literal["sizes", "content"] = "sizes") -> Path | None:

@@ -82,7 +82,8 @@ def load(
         optimizer: Takes hyperparameters and state, by FQN: parameters may come in another order,
             groups too. Its buffers are allocated if it has not stepped yet.
         model: Takes parameters and buffers, in place.
-        process_group: The ranks that load; None for the optimizer's, or one process.
+        process_group: The ranks that load; None for the optimizer's, or without an optimizer the
+            default group, if there is one.
 
     Returns:
         What else the checkpoint holds.
@@ -100,8 +101,14 @@ def load(
     groups = all_ranks(communicator, partial(_check_fit, manifest, optimizer, model))
     reader = Reader(folder, manifest)
     buckets = optimizer.open("write") if optimizer is not None else ()
+    found: list[Loaded] = []
+
+    def read() -> None:
+        _fill(reader, manifest, buckets, model)
+        found.append(_rest(reader, folder, manifest, communicator))
+
     # Hashes have been checked, so only a disk that fails just now can stop it half-way.
-    all_ranks(communicator, partial(_fill, reader, manifest, buckets, model))
+    all_ranks(communicator, read)
     if model is not None:
         topics = [Topic("load", None, bucket.spec.names) for bucket in buckets]
         flying = [
@@ -113,16 +120,7 @@ def load(
     if optimizer is not None:
         for group, options in zip(optimizer.param_groups, groups[communicator.rank], strict=True):
             group.update(options)
-    named = [name for name in manifest.tensors if name.startswith("tensors/")]
-    return Loaded(
-        folder,
-        manifest.metadata,
-        {name.removeprefix("tensors/"): reader.whole(name) for name in named},
-        _own_tensors(reader, manifest, communicator),
-        manifest.world_size,
-        manifest.versions,
-        manifest.plan_digest,
-    )
+    return found[0]
 
 
 def _check_files(folder: Path, communicator: Communicator) -> Manifest:
@@ -214,15 +212,22 @@ def _fill(
             else:
                 place.data.copy_(reader.whole(place.name))
     for bucket in buckets:
-        bucket.shard.steps = [manifest.parameters[name].step for name in bucket.spec.names]
+        bucket.shard.steps[:] = [manifest.parameters[name].step for name in bucket.spec.names]
 
 
-def _own_tensors(
-    reader: Reader, manifest: Manifest, communicator: Communicator
-) -> dict[str, Tensor] | None:
-    if manifest.rank_tensors is None or manifest.world_size != communicator.world_size:
-        return None
-    table = manifest.rank_tensors[communicator.rank]
-    return {
-        name: reader.rank_tensor(communicator.rank, name, entry) for name, entry in table.items()
-    }
+def _rest(reader: Reader, folder: Path, manifest: Manifest, communicator: Communicator) -> Loaded:
+    rank = communicator.rank
+    named = [name for name in manifest.tensors if name.startswith("tensors/")]
+    own: dict[str, Tensor] | None = None
+    if manifest.rank_tensors is not None and manifest.world_size == communicator.world_size:
+        table = manifest.rank_tensors[rank]
+        own = {name: reader.rank_tensor(rank, name, entry) for name, entry in table.items()}
+    return Loaded(
+        folder,
+        manifest.metadata,
+        {name.removeprefix("tensors/"): reader.whole(name) for name in named},
+        own,
+        manifest.world_size,
+        manifest.versions,
+        manifest.plan_digest,
+    )

@@ -110,7 +110,8 @@ def save(  # noqa: PLR0913 - what is saved, then how
         metadata: JSON-able; rank 0's. Tuples come back as lists, keys as strings.
         tensors: Whole tensors by name; rank 0's.
         rank_tensors: Tensors by name that each rank has for itself, such as its RNG state.
-        process_group: The ranks that save; None for the optimizer's, or one process.
+        process_group: The ranks that save; None for the optimizer's, or without an optimizer the
+            default group, if there is one.
         async_save: Copy this rank's part to host memory and return; files are written behind
             training. A save that is still pending is waited for first.
         keep_latest: Remove all but so many of the newest whole checkpoints beside this one, once
@@ -187,7 +188,12 @@ def _prepare(
         completions.append(Completion(claim(target), manifest, keep_latest))
         return str(completions[0].workplace.path)
 
-    folder = all_ranks(communicator, begin)[0]
+    try:
+        folder = all_ranks(communicator, begin)[0]
+    except CheckpointError:
+        for completion in completions:
+            completion.workplace.discard()
+        raise
     return parts[0], (completions[0] if completions else None), Path(str(folder))
 
 

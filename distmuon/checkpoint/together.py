@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+import torch.distributed as dist
+
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.collectives import Communicator
 from distmuon.optimizer import Muon
@@ -20,13 +22,15 @@ def find_communicator(optimizer: Muon | None, process_group: ProcessGroup | None
 
     Args:
         optimizer: Whose ranks they are, if there is one.
-        process_group: Otherwise they are this group's; None for one process.
+        process_group: Otherwise they are this group's; None for the default group, if there is one.
 
     Raises:
         ValueError: if the optimizer is sharded over other ranks than the group's.
     """
     if optimizer is None:
-        return Communicator(process_group)
+        # As everywhere in torch; and ranks that each saved alone would replace each other's.
+        default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return Communicator(process_group or default)
     communicator = optimizer.communicator
     if process_group is not None and not communicator.same_ranks(process_group):
         raise ValueError(
