@@ -89,6 +89,8 @@ class Bench:
             f"run.name={name}",
             f"run.dir={self.folder}",
             "run.if_exists=replace",
+            "run.resume=never",
+            "run.save_every=0",
             f"run.seed={seed}",
             f"optimizer.lr={lr!r}",
             "data.source=shakespeare",

@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0, or 2 for a mistake of the user's (printed once per machine), or 130 after
-        an interrupt. Other failures raise, with a traceback, so that torchrun can record them.
+        Exit code: 0, also when a signal stopped the training, which is saved then; or 2 for a
+        mistake of the user's (printed once per machine), or 130 after an interrupt outside of
+        training. Other failures raise, with a traceback, so that torchrun can record them.
     """
     launch = Launch()
     try:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         if launch.rank == 0:
-            print("\nInterrupted. The run folder keeps the metrics so far.", file=sys.stderr)
+            print("\nInterrupted. What was saved is kept.", file=sys.stderr)
         return INTERRUPTED
 
 
