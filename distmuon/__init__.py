@@ -1,5 +1,6 @@
 """Muon with ZeRO-1: one owner orthogonalizes each matrix once, from its whole momentum."""
 
+from distmuon.cost import CostModel
 from distmuon.failure import RankFailure
 from distmuon.optimizer import Muon
 from distmuon.orthogonalize import orthogonalize
@@ -7,4 +8,12 @@ from distmuon.param_groups import build_param_groups
 from distmuon.report import Report
 from distmuon.version import __version__
 
-__all__ = ["Muon", "RankFailure", "Report", "__version__", "build_param_groups", "orthogonalize"]
+__all__ = [
+    "CostModel",
+    "Muon",
+    "RankFailure",
+    "Report",
+    "__version__",
+    "build_param_groups",
+    "orthogonalize",
+]

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmuon.choice import choose
 from distmuon.collectives import Communicator
+from distmuon.cost import default_cost_model
 from distmuon.exchange import Exchange
-from distmuon.layout import Layout, LayoutKind, TensorSpec, flat_layout
-from distmuon.options import Algorithm, GroupOptions
-from distmuon.ownership import Ownership, assign
+from distmuon.layout import Layout, TensorSpec, flat_layout
+from distmuon.options import Algorithm, GroupOptions, Policy
+from distmuon.ownership import Ownership
 from distmuon.plan import ExchangePlan, build_plan, describe
 from distmuon.shard import Shard
 from distmuon.update_rules import adjust_lr_factor
@@ -63,13 +65,30 @@ class BucketSpec:
         head = f"{self.algorithm} parameters of {first.dtype} on {first.device.type}"
         notes = [f"group {group}" for group in self.groups]
         if self.ownership is not None:
-            rows = zip(notes, self.ownership.owners, self.layout.specs, self.groups, strict=True)
+            owners = self.ownership.describe_owners()
+            rows = zip(notes, owners, self.layout.specs, self.groups, strict=True)
             notes = [
-                f"{note}, owner {owner}, lr factor "
+                f"{note}, {owner}, lr factor "
                 f"{adjust_lr_factor(options[group].adjust_lr_fn, *spec.shape[-2:])}"
                 for note, owner, spec, group in rows
             ]
-        return [head, *describe(self.layout, notes)]
+        # Last: where shapes differ, so do predictions, and the shape is the mistake to name.
+        reasons = [self.ownership.reason] if self.ownership else []
+        return [head, *describe(self.layout, notes), *reasons]
+
+    def plan(self, rank: int, wave_numel: int) -> ExchangePlan | None:
+        """One rank's transfers.
+
+        Args:
+            rank: The rank to plan for.
+            wave_numel: Most elements that one owner fetches in a wave.
+
+        Returns:
+            The plan; None for elementwise rules.
+        """
+        if self.ownership is None:
+            return None
+        return build_plan(self.ownership, rank, wave_numel=wave_numel, groups=self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +109,17 @@ class Bucket:
 
     @property
     def owned(self) -> tuple[int, ...]:
-        """Parameters that this rank orthogonalizes, by index in the layout."""
-        return self.plan.owned if self.plan else ()
+        """For each matrix that this rank orthogonalizes, its parameter's index in the layout."""
+        if self.plan is None:
+            return ()
+        return tuple(self.plan.ownership.members[matrix] for matrix in self.plan.owned)
 
 
 def specify(
     groups: Sequence[Mapping[str, Any]],
     names: Mapping[Tensor, str],
     world_size: int,
-    kind: LayoutKind,
+    policy: Policy,
 ) -> list[BucketSpec]:
     """Decide the buckets, their order and their owners. Nothing is allocated.
 
@@ -106,7 +127,7 @@ def specify(
         groups: `param_groups`.
         names: FQN of each parameter.
         world_size: Ranks to cut each buffer over.
-        kind: Layout of Muon's buffers; elementwise rules are always flat.
+        policy: Says how Muon's buffers are laid out; elementwise rules are always flat.
 
     Returns:
         One spec per (algorithm, dtype, device): AdamW's first, then in order of appearance.
@@ -118,10 +139,21 @@ def specify(
             members.setdefault(key, []).append((index, parameter))
     result = []
     # AdamW first: its parameters travel while Newton-Schulz is computing.
-    for (algorithm, _, _), entries in sorted(members.items(), key=lambda m: m[0][0] == "muon"):
+    for (algorithm, dtype, device), entries in sorted(
+        members.items(), key=lambda m: m[0][0] == "muon"
+    ):
         tensors = [TensorSpec(names[p], tuple(p.shape)) for _, p in entries]
-        ownership = assign(tensors, world_size, layout=kind) if algorithm == "muon" else None
-        layout = ownership.layout if ownership else flat_layout(tensors, world_size)
+        ownership = None
+        if algorithm == "muon":
+            ownership = choose(
+                tensors,
+                world_size,
+                layout=policy.layout,
+                model=policy.cost_model or default_cost_model(device.type),
+                wave_numel=policy.wave_numel,
+                itemsize=dtype.itemsize,
+            )
+        layout = ownership.parameters if ownership else flat_layout(tensors, world_size)
         order = ownership.order if ownership else range(len(entries))
         result.append(
             BucketSpec(
@@ -148,10 +180,8 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, wave_numel: int) -
     """
     rank = communicator.rank
     shard = Shard(spec.layout, rank, spec.parameters, STATE_NAMES[spec.algorithm])
-    if spec.ownership is None:
-        return Bucket(spec, shard, None, None)
-    plan = build_plan(spec.ownership, rank, wave_numel=wave_numel)
-    return Bucket(spec, shard, plan, Exchange(plan, communicator))
+    plan = spec.plan(rank, wave_numel)
+    return Bucket(spec, shard, plan, Exchange(plan, communicator) if plan else None)
 
 
 def refuse_shared_storage(specs: Sequence[BucketSpec]) -> None:

@@ -31,8 +31,8 @@ class Engine:
         source: Where the averaged gradients come from.
         steps: Completed steps.
         skipped: Steps left out because of a non-finite gradient.
-        calls: Parameters this rank has orthogonalized, summed over the steps.
-        expected: Owned parameters that had a gradient, summed over the steps.
+        calls: Matrices this rank has orthogonalized, summed over the steps.
+        expected: Owned matrices that had a gradient, summed over the steps.
         norms: Of the gradients at the last clipping.
     """
 

@@ -7,9 +7,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 LayoutKind = Literal["flat", "aligned"]
+LayoutChoice = Literal[LayoutKind, "auto"]
 
 # [Note: alignment] Tensors and shards start on multiples of 16 elements, 64 bytes in fp32. Without
 # it a parameter's address, and with it the kernel a matrix product picks, would depend on the
@@ -79,10 +80,13 @@ class Layout:
         """Pieces that `rank` holds, in shard order."""
         start, stop = rank * self.shard_numel, (rank + 1) * self.shard_numel
         found: list[Segment] = []
-        index = max(bisect_right(self.offsets, start) - 1, 0)
-        while index < len(self.specs) and self.offsets[index] < stop:
-            found.extend(s for s in self.holders(index) if s.rank == rank)
-            index += 1
+        for tensor in range(max(bisect_right(self.offsets, start) - 1, 0), len(self.specs)):
+            offset = self.offsets[tensor]
+            if offset >= stop:
+                break
+            first, last = max(offset, start), min(offset + self.specs[tensor].numel, stop)
+            if first < last:
+                found.append(Segment(tensor, rank, first - offset, first - start, last - first))
         return tuple(found)
 
     def holders(self, tensor: int) -> tuple[Segment, ...]:
@@ -95,6 +99,56 @@ class Layout:
             pieces.append(Segment(tensor, rank, position, shard_start, length))
             position += length
         return tuple(pieces)
+
+    def span(self, tensor: int) -> range:
+        """Ranks that hold a piece of `tensor`."""
+        offset, size = self.offsets[tensor], self.shard_numel
+        return range(offset // size, (offset + self.specs[tensor].numel - 1) // size + 1)
+
+    def held(self, tensor: int, rank: int) -> int:
+        """Elements of `tensor` that `rank` holds."""
+        offset, start = self.offsets[tensor], rank * self.shard_numel
+        stop = min(offset + self.specs[tensor].numel, start + self.shard_numel)
+        return max(stop - max(offset, start), 0)
+
+
+class Units(NamedTuple):
+    """The matrices in a layout of parameters.
+
+    Attributes:
+        layout: One entry per matrix, over the same buffer.
+        members: Parameter that each matrix belongs to, by index; never decreasing.
+    """
+
+    layout: Layout
+    members: tuple[int, ...]
+
+
+def units_of(parameters: Layout) -> Units:
+    """Look at every stack [..., m, n] as its matrices [m, n], which lie end to end.
+
+    Args:
+        parameters: Where the parameters lie.
+
+    Returns:
+        The matrices of a stack are named `name[0]`, `name[1]`, ...
+    """
+    if all(len(spec.shape) == 2 for spec in parameters.specs):
+        return Units(parameters, tuple(range(len(parameters.specs))))
+    specs: list[TensorSpec] = []
+    offsets: list[int] = []
+    members: list[int] = []
+    for index, (spec, offset) in enumerate(zip(parameters.specs, parameters.offsets, strict=True)):
+        shape = spec.shape[-2:]
+        count, numel = math.prod(spec.shape[:-2]), math.prod(shape)
+        if len(spec.shape) == 2:
+            specs.append(spec)
+        else:
+            specs.extend(TensorSpec(f"{spec.name}[{i}]", shape) for i in range(count))
+        offsets.extend(offset + i * numel for i in range(count))
+        members.extend([index] * count)
+    layout = Layout(tuple(specs), tuple(offsets), parameters.world_size, parameters.shard_numel)
+    return Units(layout, tuple(members))
 
 
 def flat_layout(specs: Sequence[TensorSpec], world_size: int) -> Layout:
@@ -112,8 +166,8 @@ def flat_layout(specs: Sequence[TensorSpec], world_size: int) -> Layout:
     """
     if world_size < 1:
         raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
-    ends = list(accumulate((_align(spec.numel) for spec in specs), initial=0))
-    shard_numel = _align(-(-ends[-1] // world_size))
+    ends = list(accumulate((align(spec.numel) for spec in specs), initial=0))
+    shard_numel = align(-(-ends[-1] // world_size))
     return Layout(tuple(specs), tuple(ends[:-1]), world_size, shard_numel)
 
 
@@ -126,15 +180,16 @@ def aligned_layout(bins: Sequence[Sequence[TensorSpec]]) -> Layout:
     Returns:
         The layout.
     """
-    sizes = [sum(_align(spec.numel) for spec in members) for members in bins]
+    sizes = [sum(align(spec.numel) for spec in members) for members in bins]
     shard_numel = max(sizes)
     offsets: list[int] = []
     for rank, members in enumerate(bins):
-        ends = accumulate((_align(spec.numel) for spec in members), initial=rank * shard_numel)
+        ends = accumulate((align(spec.numel) for spec in members), initial=rank * shard_numel)
         offsets.extend(list(ends)[:-1])
     specs = tuple(spec for members in bins for spec in members)
     return Layout(specs, tuple(offsets), len(bins), shard_numel)
 
 
-def _align(numel: int) -> int:
+def align(numel: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
     return -(-numel // ALIGNMENT) * ALIGNMENT

@@ -12,12 +12,13 @@ from typing_extensions import override
 
 from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
+from distmuon.cost import CostModel
 from distmuon.engine import Engine
 from distmuon.group_check import merge_groups, read_group, refuse_grad_scaler
-from distmuon.layout import LayoutKind
+from distmuon.layout import LayoutChoice
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
 from distmuon.orthogonalize.coefficients import Coefficients
-from distmuon.plan import ExchangePlan, build_plan
+from distmuon.plan import ExchangePlan
 from distmuon.report import Report, make_report
 from distmuon.state_io import StateKeeper, key_by_name
 from distmuon.state_part import StateByParameter
@@ -56,7 +57,8 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: NsDtype | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         process_group: ProcessGroup | None = None,
-        layout: LayoutKind = "flat",
+        layout: LayoutChoice = "flat",
+        cost_model: CostModel | None = None,
         reduce: Reduce = "ddp",
         nonfinite: NonFinite = "raise",
         max_skips: int = 10,
@@ -85,7 +87,8 @@ class Muon(torch.optim.Optimizer):
             betas: AdamW's moment decays.
             process_group: Data-parallel ranks to shard over; None for one process.
             layout: "flat" cuts equal shards and moves what drifted over a border; "aligned" moves
-                nothing and pads the shards to the largest.
+                nothing and pads the shards; "auto" predicts the faster one (`plan[i].reason`).
+            cost_model: Rates to plan with; None for the defaults of the device.
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
                 DistributedDataParallel does. "hook": a DDP hook sends each rank only its range
                 (call `attach(ddp_model)`). "owned": no DDP, the optimizer's own hooks
@@ -105,8 +108,15 @@ class Muon(torch.optim.Optimizer):
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
+        how_laid_out = layout, cost_model
         self._policy = Policy(
-            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, layout
+            reduce,
+            nonfinite,
+            max_skips,
+            missing_grad,
+            wave_bytes,
+            check_desync_every,
+            *how_laid_out,
         )
         self._step_supports_amp_scaling = reduce != "ddp"  # a GradScaler shows itself to step()
         self._communicator = Communicator(process_group)
@@ -264,8 +274,7 @@ class Muon(torch.optim.Optimizer):
     def plan(self) -> tuple[ExchangePlan, ...]:
         """This rank's plan for each flat buffer of matrices, also before the first step."""
         rank, wave_numel = self._communicator.rank, self._policy.wave_numel
-        owned = [spec.ownership for spec in self._specify() if spec.ownership is not None]
-        return tuple(build_plan(each, rank, wave_numel=wave_numel) for each in owned)
+        return tuple(plan for spec in self._specify() if (plan := spec.plan(rank, wave_numel)))
 
     @property
     def communicator(self) -> Communicator:
@@ -366,8 +375,7 @@ class Muon(torch.optim.Optimizer):
     def _specify(self) -> list[BucketSpec]:
         if self._engine is not None:
             return [bucket.spec for bucket in self._engine.buckets]
-        world_size, layout = self._communicator.world_size, self._policy.layout
-        return specify(self.param_groups, self._names, world_size, layout)
+        return specify(self.param_groups, self._names, self._communicator.world_size, self._policy)
 
     def _ready(self) -> Engine:
         needs_model = self._policy.reduce != "ddp" and self._communicator.world_size > 1

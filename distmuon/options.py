@@ -9,7 +9,8 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from distmuon.layout import LayoutKind
+from distmuon.cost import CostModel
+from distmuon.layout import LayoutChoice, LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
@@ -71,7 +72,8 @@ class Policy:
         missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the others.
         wave_bytes: Bytes of momentum that one rank fetches at a time.
         check_desync_every: Steps between two comparisons of all parameters; 0 for never.
-        layout: Where Muon's matrices lie: "flat" or "aligned".
+        layout: Where Muon's matrices lie: "flat", "aligned", or the faster one by "auto".
+        cost_model: What work and messages cost; None for the defaults of the device.
 
     Raises:
         ValueError: for a value out of range.
@@ -84,7 +86,8 @@ class Policy:
     missing_grad: MissingGrad
     wave_bytes: int
     check_desync_every: int
-    layout: LayoutKind
+    layout: LayoutChoice
+    cost_model: CostModel | None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -92,7 +95,7 @@ class Policy:
             ("reduce", get_args(Reduce)),
             ("nonfinite", get_args(NonFinite)),
             ("missing_grad", get_args(MissingGrad)),
-            ("layout", get_args(LayoutKind)),
+            ("layout", (*get_args(LayoutKind), "auto")),
         ):
             value = getattr(self, key)
             if value not in allowed:
@@ -103,6 +106,11 @@ class Policy:
                 raise TypeError(f"Invalid {key}={value!r}. Must be an int.")
             if value < least:
                 raise ValueError(f"Invalid {key}={value}. Must be >= {least}.")
+        if not isinstance(self.cost_model, CostModel | None):
+            raise TypeError(
+                f"Invalid cost_model of type {type(self.cost_model).__name__}. Must be a "
+                "distmuon.CostModel or None."
+            )
         if self.missing_grad == "zero" and self.reduce != "owned":
             raise ValueError(
                 f'missing_grad="zero" needs reduce="owned", not {self.reduce!r}: only there does '

@@ -8,115 +8,238 @@ Two decisions, both in integers:
    The buffer is then cut into *equal* shards; a bin above or below the mean size is picked next so
    that the cumulative offset between bins and shards stays within one bin's deviation. Only the
    pieces that drifted across a boundary have to move.
+
+A stack of matrices stays contiguous, so its matrices cannot be binned one by one: there the order
+spreads the work evenly (stacks.py) and the owners are chosen for that order (fixed_order.py), which
+is also what a given order wants.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
-from distmuon.layout import Layout, LayoutKind, TensorSpec, aligned_layout, flat_layout
+from distmuon.cost import CostModel, default_cost_model
+from distmuon.fixed_order import choose_owners, rate
+from distmuon.layout import (
+    Layout,
+    LayoutKind,
+    TensorSpec,
+    aligned_layout,
+    flat_layout,
+    units_of,
+)
+from distmuon.stacks import aligned_stacks, drift_bounded_order, spread
 
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """A layout and the owner of each of its tensors.
+    """Where the parameters lie, the matrices in them, and the owner of each matrix.
 
     Attributes:
-        layout: Tensors in flat order, cut into equal shards.
-        owners: Rank that orthogonalizes `layout.specs[i]`, for each i; never decreasing.
-        order: Index in the caller's sequence of `layout.specs[i]`, for each i.
+        layout: One entry per matrix, in flat order; several in a row for a stacked parameter.
+        owners: Rank that orthogonalizes `layout.specs[i]`, for each i.
+        order: Index in the caller's sequence of `parameters.specs[j]`, for each j.
+        parameters: One entry per parameter, over the same buffer as `layout`.
+        members: Index in `parameters` of the parameter that each matrix belongs to.
+        reason: Why this layout, with the figures of those it was compared with; for a person.
     """
 
     layout: Layout
     owners: tuple[int, ...]
     order: tuple[int, ...]
+    parameters: Layout
+    members: tuple[int, ...]
+    reason: str = ""
 
-    def owned(self, rank: int) -> range:
-        """Tensors that `rank` orthogonalizes, by index in the layout."""
-        return range(bisect_left(self.owners, rank), bisect_right(self.owners, rank))
+    def owned(self, rank: int) -> tuple[int, ...]:
+        """Matrices that `rank` orthogonalizes, by index in the layout, in flat order."""
+        return tuple(index for index, owner in enumerate(self.owners) if owner == rank)
+
+    def describe_owners(self) -> list[str]:
+        """For each parameter the owners of its matrices, as words that differ where owners do."""
+        found: list[list[int]] = [[] for _ in self.parameters.specs]
+        for member, owner in zip(self.members, self.owners, strict=True):
+            found[member].append(owner)
+        return [
+            f"owner {owners[0]}"
+            if len(owners) == 1
+            else "owners " + ", ".join(f"{len(list(run))}x {rank}" for rank, run in groupby(owners))
+            for owners in found
+        ]
 
     def waves(self, wave_numel: int) -> tuple[int | None, ...]:
-        """In which round each tensor is brought together.
+        """In which round each matrix is brought together.
 
         Args:
-            wave_numel: Most elements that one owner fetches in a round; a single tensor may
+            wave_numel: Most elements that one owner fetches in a round; a single matrix may
                 exceed it.
 
         Returns:
-            For each tensor its round, from 0; None if its owner holds all of it.
+            For each matrix its round, from 0; None if its owner holds all of it.
         """
         rounds: list[int | None] = []
-        wave = fetched = 0
-        for tensor, owner in enumerate(self.owners):
-            if tensor == 0 or owner != self.owners[tensor - 1]:
-                wave = fetched = 0
-            numel = sum(s.numel for s in self.layout.holders(tensor) if s.rank != owner)
-            if fetched and fetched + numel > wave_numel:
-                wave, fetched = wave + 1, 0
-            fetched += numel
-            rounds.append(wave if numel else None)
+        wave, fetched = [0] * self.layout.world_size, [0] * self.layout.world_size
+        for index, owner in enumerate(self.owners):
+            numel = self.layout.specs[index].numel - self.layout.held(index, owner)
+            if fetched[owner] and fetched[owner] + numel > wave_numel:
+                wave[owner], fetched[owner] = wave[owner] + 1, 0
+            fetched[owner] += numel
+            rounds.append(wave[owner] if numel else None)
         return tuple(rounds)
 
+    def traffic(self) -> tuple[list[int], list[int]]:
+        """Elements that each rank sends, and receives, when the matrices are gathered."""
+        sent, received = [0] * self.layout.world_size, [0] * self.layout.world_size
+        for index, owner in enumerate(self.owners):
+            numel, held = self.layout.specs[index].numel, self.layout.held(index, owner)
+            if held < numel:
+                received[owner] += numel - held
+                sent[owner] -= held
+                for rank in self.layout.span(index):
+                    sent[rank] += self.layout.held(index, rank)
+        return sent, received
 
-def newton_schulz_cost(shape: Sequence[int], steps: int = 5) -> int:
-    """Floating-point operations of quintic Newton-Schulz on a stack of matrices.
+    def loads(self, model: CostModel) -> list[int]:
+        """Work of each rank.
 
-    Per step and matrix `A = XXᵀ` and `BX` cost 2m²n each and `A²` 2m³, with m the shorter side.
-
-    Args:
-        shape: [..., m, n] in either orientation.
-        steps: Number of iterations.
-
-    Returns:
-        A count of operations; only ratios matter here.
-    """
-    m, n = sorted(shape[-2:])
-    return math.prod(shape[:-2]) * steps * (4 * m * m * n + 2 * m**3)
+        Args:
+            model: What a matrix costs.
+        """
+        loads = [0] * self.layout.world_size
+        work = model.works(spec.shape for spec in self.layout.specs)
+        for amount, owner in zip(work, self.owners, strict=True):
+            loads[owner] += amount
+        return loads
 
 
 def assign(
-    specs: Sequence[TensorSpec], world_size: int, *, layout: LayoutKind = "flat"
+    specs: Sequence[TensorSpec],
+    world_size: int,
+    *,
+    layout: LayoutKind = "flat",
+    model: CostModel | None = None,
 ) -> Ownership:
-    """Balance the tensors over the ranks and lay them out.
+    """Balance the matrices over the ranks and lay their parameters out.
 
     Args:
-        specs: Muon tensors in the caller's order.
+        specs: Muon parameters in the caller's order: matrices [m, n] or stacks [..., m, n].
         world_size: Number of ranks.
         layout: "flat" balances work, cuts equal shards without padding, and moves what drifted over
-            a border; "aligned" keeps every tensor whole at its owner, so that nothing moves, and
+            a border; "aligned" keeps every matrix whole at its owner, so that nothing moves, and
             pads the shards to the largest.
+        model: What work and messages cost; None for the defaults of a GPU.
 
     Returns:
-        The layout in its own order with one owner per tensor.
+        The layout in its own order with one owner per matrix.
 
     Raises:
         ValueError: if `world_size` is below 1.
     """
-    costs = [newton_schulz_cost(spec.shape) for spec in specs]
-    if layout == "aligned":
-        # Both what a rank computes and what it holds count: the larger share sets the pace, or the
-        # padding. In integers, so that every rank agrees.
-        total_cost, total_numel = sum(costs), sum(spec.numel for spec in specs)
-        costs = [
-            cost * total_numel + spec.numel * total_cost
-            for cost, spec in zip(costs, specs, strict=True)
-        ]
-    bins = balance(costs, world_size)
-    if layout == "flat":
-        sizes = [sum(specs[i].numel for i in members) for members in bins]
-        bins = [bins[chosen] for chosen in drift_bounded_order(sizes)]
+    if world_size < 1:
+        raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
+    model = model or default_cost_model("cuda")
+    place = _flat if layout == "flat" else _aligned
+    return place(specs, world_size, model)
+
+
+def assign_fixed(parameters: Layout, *, model: CostModel | None = None) -> Ownership:
+    """Choose owners where every parameter's place is given, and may not change.
+
+    For an order that is somebody else's: DeepSpeed's flat partitions, a checkpoint's. An owner is
+    one of the ranks that hold a piece, unless the balance gained elsewhere is worth the bytes.
+
+    Args:
+        parameters: Names, shapes, offsets, shard size and number of ranks. Offsets ascend, do not
+            overlap, and need no alignment.
+        model: What work and messages cost; None for the defaults of a GPU.
+
+    Returns:
+        The same places, with one owner per matrix; `order` is the identity.
+
+    Raises:
+        ValueError: if the parameters overlap or do not fit into the shards, naming the first.
+    """
+    end = 0
+    for spec, offset in zip(parameters.specs, parameters.offsets, strict=True):
+        if offset < end:
+            raise ValueError(
+                f"{spec.name} starts at element {offset}, inside the parameter before it, which "
+                f"ends at {end}. Give the parameters in flat order, without overlap."
+            )
+        end = offset + spec.numel
+        if end > parameters.numel:
+            raise ValueError(
+                f"{spec.name} ends at element {end}, past the last of {parameters.world_size} "
+                f"shards of {parameters.shard_numel} elements. Give larger shards, or more of them."
+            )
+    model = model or default_cost_model("cuda")
+    return _settle(parameters, range(len(parameters.specs)), model).ownership
+
+
+def _flat(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> Ownership:
+    work = model.works(spec.shape for spec in specs)
+    bins = balance(work, world_size)
+    total = sum(spec.numel for spec in specs)
+    sizes = [sum(specs[i].numel for i in members) for members in bins]
+    bins = [bins[k] for k in drift_bounded_order([size * world_size - total for size in sizes])]
     order = [i for members in bins for i in members]
-    owners = [rank for rank, members in enumerate(bins) for _ in members]
-    placed = (
-        flat_layout([specs[i] for i in order], world_size)
-        if layout == "flat"
-        else aligned_layout([[specs[i] for i in members] for members in bins])
+    packed = flat_layout([specs[i] for i in order], world_size)
+    binned = [rank for rank, members in enumerate(bins) for _ in members]
+    woven = spread([spec.numel for spec in specs], work)
+    as_woven = flat_layout([specs[i] for i in woven], world_size)
+    choices = (_settle(packed, order, model, binned), _settle(as_woven, woven, model))
+    return min(choices, key=lambda choice: choice.objective).ownership
+
+
+def _aligned(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> Ownership:
+    # Both what a rank computes and what it holds count: the larger share sets the pace, or the
+    # padding. In integers, so that every rank agrees.
+    work = model.works(spec.shape for spec in specs)
+    cost, numel = sum(work), sum(spec.numel for spec in specs)
+    bins = balance(
+        [each * numel + spec.numel * cost for each, spec in zip(work, specs, strict=True)],
+        world_size,
     )
-    return Ownership(placed, tuple(owners), tuple(order))
+    whole = aligned_layout([[specs[i] for i in members] for members in bins])
+    choices = [_in_place(whole, [i for members in bins for i in members])]
+    cut = aligned_stacks(specs, work, world_size)
+    if cut is not None:
+        choices.append(_in_place(*cut))
+    return min(choices, key=lambda each: max(each.loads(model)) * numel + each.layout.numel * cost)
+
+
+def _in_place(parameters: Layout, order: Sequence[int]) -> Ownership:
+    """Every matrix at its holder, where no matrix is cut."""
+    units, members = units_of(parameters)
+    owners = tuple(units.span(index)[0] for index in range(len(units.specs)))
+    return Ownership(units, owners, tuple(order), parameters, members)
+
+
+class _Settled(NamedTuple):
+    objective: int
+    ownership: Ownership
+
+
+def _settle(
+    parameters: Layout,
+    order: Sequence[int],
+    model: CostModel,
+    binned: Sequence[int] | None = None,
+) -> _Settled:
+    """Owners for an order, whatever it is; `binned` has each parameter's owner if there is one."""
+    units, members = units_of(parameters)
+    work = model.works(spec.shape for spec in units.specs)
+    choices = [choose_owners(units, work, price=model.price)]
+    if binned is not None:
+        choices.insert(0, rate(units, work, [binned[member] for member in members]))
+    objective, best = min(
+        ((choice.objective(model.price), choice) for choice in choices), key=lambda pair: pair[0]
+    )
+    return _Settled(objective, Ownership(units, best.ranks, tuple(order), parameters, members))
 
 
 def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:
@@ -136,26 +259,3 @@ def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:
         bins[index].append(item)
         heapq.heapreplace(heap, (load + costs[item], index))
     return [sorted(members) for members in bins]
-
-
-def drift_bounded_order(sizes: Sequence[int]) -> list[int]:
-    """Order of bins whose cumulative size stays close to a multiple of the mean size.
-
-    Args:
-        sizes: Elements in each bin.
-
-    Returns:
-        A permutation of the bins; every prefix of k bins is within one bin's deviation of k means.
-    """
-    count, total = len(sizes), sum(sizes)
-    ascending = sorted(range(count), key=lambda i: (sizes[i], i))
-    below = [i for i in ascending if sizes[i] * count < total]
-    above = [i for i in reversed(ascending) if sizes[i] * count >= total]
-    order: list[int] = []
-    ahead = 0  # cumulative size minus k means, times count: kept integral
-    while below or above:
-        pick_below = bool(below) and (ahead > 0 or not above)
-        index = (below if pick_below else above).pop()
-        order.append(index)
-        ahead += sizes[index] * count - total
-    return order

@@ -7,6 +7,7 @@ update of the same pieces back, so one list of transfers describes both directio
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Wave:
     """One round of messages, fetched, orthogonalized and returned together.
 
     Attributes:
-        tensors: Tensors of this round that this rank orthogonalizes, by index in the layout.
+        tensors: Matrices of this round that this rank orthogonalizes, by index in the layout.
         outgoing: Pieces held here and owned elsewhere, packed by (peer, tensor, offset).
         incoming: Pieces owned here and held elsewhere, packed by (peer, tensor, offset).
     """
@@ -61,8 +62,10 @@ class ExchangePlan:
     Attributes:
         ownership: The layout and the owners, the same on every rank.
         rank: The rank this plan is for.
-        segments: Pieces in this rank's shard, in shard order.
-        local: Tensors this rank owns and holds whole: nothing is sent for them.
+        segments: Pieces of matrices in this rank's shard, in shard order.
+        local: Matrices this rank owns and holds whole: nothing is sent for them.
+        batches: The local ones by shape and parameter group, in flat order: each may be
+            orthogonalized as one stack.
         waves: Rounds of messages; every rank has the same number of them.
     """
 
@@ -70,12 +73,18 @@ class ExchangePlan:
     rank: int
     segments: tuple[Segment, ...]
     local: tuple[int, ...]
+    batches: tuple[tuple[int, ...], ...]
     waves: tuple[Wave, ...]
 
     @property
     def owned(self) -> tuple[int, ...]:
-        """Tensors this rank orthogonalizes, by index in the layout."""
-        return tuple(self.ownership.owned(self.rank))
+        """Matrices this rank orthogonalizes, by index in the layout."""
+        return self.ownership.owned(self.rank)
+
+    @property
+    def reason(self) -> str:
+        """Why this layout, with the predicted figures of those it was compared with."""
+        return self.ownership.reason
 
     @property
     def outgoing_numel(self) -> int:
@@ -88,13 +97,16 @@ class ExchangePlan:
         return sum(wave.incoming_numel for wave in self.waves)
 
 
-def build_plan(ownership: Ownership, rank: int, *, wave_numel: int) -> ExchangePlan:
+def build_plan(
+    ownership: Ownership, rank: int, *, wave_numel: int, groups: Sequence[int] = ()
+) -> ExchangePlan:
     """Derive one rank's transfers from the owners.
 
     Args:
         ownership: The layout and its owners.
         rank: The rank to plan for.
-        wave_numel: Most elements that one owner fetches in a wave; one tensor may exceed it.
+        wave_numel: Most elements that one owner fetches in a wave; one matrix may exceed it.
+        groups: Parameter group of each parameter, in flat order; none for a single group.
 
     Returns:
         The plan; what rank a sends to b in a wave is what b receives from a in it.
@@ -102,18 +114,31 @@ def build_plan(ownership: Ownership, rank: int, *, wave_numel: int) -> ExchangeP
     layout, owners = ownership.layout, ownership.owners
     segments, owned = layout.segments(rank), ownership.owned(rank)
     rounds = ownership.waves(wave_numel)
-    local = tuple(tensor for tensor in owned if rounds[tensor] is None)
-    waves = []
-    for index in range(1 + max((r for r in rounds if r is not None), default=-1)):
-        tensors = tuple(tensor for tensor in owned if rounds[tensor] == index)
-        sends = (
-            (owners[s.tensor], s)
-            for s in segments
-            if owners[s.tensor] != rank and rounds[s.tensor] == index
-        )
-        receives = ((s.rank, s) for i in tensors for s in layout.holders(i) if s.rank != rank)
-        waves.append(Wave(tensors, _pack(sends), _pack(receives)))
-    return ExchangePlan(ownership, rank, segments, local, tuple(waves))
+    local: list[int] = []
+    matrices: defaultdict[int, list[int]] = defaultdict(list)
+    sends: defaultdict[int, list[tuple[int, Segment]]] = defaultdict(list)
+    receives: defaultdict[int, list[tuple[int, Segment]]] = defaultdict(list)
+    for index in owned:
+        wave = rounds[index]
+        if wave is None:
+            local.append(index)
+            continue
+        matrices[wave].append(index)
+        receives[wave].extend((s.rank, s) for s in layout.holders(index) if s.rank != rank)
+    for segment in segments:
+        wave = rounds[segment.tensor]
+        if owners[segment.tensor] != rank and wave is not None:
+            sends[wave].append((owners[segment.tensor], segment))
+    waves = tuple(
+        Wave(tuple(matrices[wave]), _pack(sends[wave]), _pack(receives[wave]))
+        for wave in range(1 + max((r for r in rounds if r is not None), default=-1))
+    )
+    batches: defaultdict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+    for index in local:
+        group = groups[ownership.members[index]] if groups else 0
+        batches[layout.specs[index].shape, group].append(index)
+    alike = tuple(map(tuple, batches.values()))
+    return ExchangePlan(ownership, rank, segments, tuple(local), alike, waves)
 
 
 def peer_counts(transfers: Iterable[Transfer], world_size: int) -> list[int]:

@@ -22,10 +22,10 @@ class Report:
         skipped: Steps left out because of a non-finite gradient (nonfinite="skip").
         rank: This rank in the process group.
         world_size: Ranks in the process group.
-        matrices: Muon parameters in the model.
+        matrices: Matrices that Muon updates; a stack [E, m, n] has E of them.
         matrices_owned: Those that this rank orthogonalizes.
-        newton_schulz_calls: Parameters that this rank has orthogonalized, summed over the steps.
-        newton_schulz_expected: Owned parameters that had a gradient, summed over the steps.
+        newton_schulz_calls: Matrices that this rank has orthogonalized, summed over the steps.
+        newton_schulz_expected: Owned matrices that had a gradient, summed over the steps.
         bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
             matrices, "reduce" of gradients (hook and owned only), "publish" of parameters, "agree"
             on whether and how to step, "consolidate" of state.

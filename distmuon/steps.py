@@ -32,13 +32,14 @@ def muon_step(
         options: Of each parameter group.
 
     Returns:
-        How many parameters this rank orthogonalized.
+        How many matrices this rank orthogonalized.
 
     Raises:
-        RuntimeError: if that is not each owned parameter with a gradient, naming the lost ones.
+        RuntimeError: if that is not each owned matrix with a gradient, naming the lost ones.
     """
-    shard, exchange = bucket.shard, bucket.exchange
+    shard, exchange, ownership = bucket.shard, bucket.exchange, bucket.spec.ownership
     assert exchange is not None, "a Muon bucket has an exchange"
+    assert ownership is not None, "a Muon bucket has owners"
     runs = shard.begin_step(present, bucket.spec.groups)
     momentum_buffer = shard.state["momentum_buffer"]
     for group, _, start, stop in runs:
@@ -50,11 +51,12 @@ def muon_step(
         )
     done = set()
     for tensor, matrix in exchange.gather(update):
-        if present[tensor]:
+        member = ownership.members[tensor]
+        if present[member]:
             try:
-                value = _orthogonal_update(matrix, options[bucket.spec.groups[tensor]])
+                value = _orthogonal_update(matrix, options[bucket.spec.groups[member]])
             except Exception as error:
-                name = bucket.spec.names[tensor]
+                name = ownership.layout.specs[tensor].name
                 error.add_note(f"while orthogonalizing {name} {list(matrix.shape)}")
                 raise
             exchange.scatter(tensor, value, out=update)
@@ -110,10 +112,11 @@ def _check_all_done(bucket: Bucket, present: Sequence[bool], done: set[int]) -> 
     # Expected from the owners, done from what the exchange delivered: two sources, so that a
     # matrix which got lost between them cannot go unnoticed.
     assert bucket.plan is not None, "a Muon bucket has a plan"
-    rank, owners = bucket.plan.rank, bucket.plan.ownership.owners
-    expected = {i for i, owner in enumerate(owners) if owner == rank and present[i]}
+    rank, ownership = bucket.plan.rank, bucket.plan.ownership
+    rows = zip(ownership.owners, ownership.members, strict=True)
+    expected = {i for i, (owner, member) in enumerate(rows) if owner == rank and present[member]}
     if done != expected:
-        lost = [bucket.spec.names[i] for i in sorted(expected - done)]
+        lost = [ownership.layout.specs[i].name for i in sorted(expected - done)]
         raise RuntimeError(
             f"Rank {rank} orthogonalized {len(done)} of {len(expected)} owned matrices with a "
             f"gradient; missing {lost}. Training stops here rather than go on without Muon. "

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 # each other. A new file must be given a place here.
 FLOORS = (
     ("version", "layout", "update_rules", "orthogonalize", "routing", "failure"),
+    ("cost", "fixed_order", "stacks"),
     ("ownership", "options", "param_groups", "reduction"),
-    ("plan", "group_check"),
+    ("plan", "choice", "group_check"),
     # Above this line rooms may communicate.
     ("collectives",),
     ("agreement", "dcp", "exchange", "shard"),
@@ -38,7 +39,7 @@ FLOORS = (
     ("__main__",),
     ("launch",),
 )
-PURE_FLOORS = 3
+PURE_FLOORS = 4
 TALKING_ROOMS = ("cli", "training", "launch")
 # The main job uses the optimizer as any user does.
 PUBLIC_ROOMS = (

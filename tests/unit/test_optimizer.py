@@ -239,11 +239,11 @@ def test_report_counts_before_and_after_steps() -> None:
         give_gradients([first, second, bias], step)
         optimizer.step()
     report = optimizer.report()
-    assert (report.steps, report.matrices, report.matrices_owned) == (3, 2, 2)
-    assert report.newton_schulz_calls == report.newton_schulz_expected == 6
+    assert (report.steps, report.matrices, report.matrices_owned) == (3, 3, 3), "a stack is two"
+    assert report.newton_schulz_calls == report.newton_schulz_expected == 9
     assert (report.muon_parameters, report.adamw_parameters) == (124, 4)
     assert dict(report.bytes_sent) == {}
-    assert "6 of 6" in str(report)
+    assert "9 of 9" in str(report)
 
 
 # --- what it refuses -------------------------------------------------------------------------
