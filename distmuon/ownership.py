@@ -23,7 +23,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from distmuon.cost import CostModel, default_cost_model
-from distmuon.fixed_order import choose_owners, rate
+from distmuon.fixed_order import choose_owners, look_up
 from distmuon.layout import (
     Layout,
     LayoutKind,
@@ -233,13 +233,13 @@ def _settle(
     """Owners for an order, whatever it is; `binned` has each parameter's owner if there is one."""
     units, members = units_of(parameters)
     work = model.works(spec.shape for spec in units.specs)
-    choices = [choose_owners(units, work, price=model.price)]
+    places = look_up(units, work, price=model.price)
+    best = choose_owners(places)
     if binned is not None:
-        choices.insert(0, rate(units, work, [binned[member] for member in members]))
-    objective, best = min(
-        ((choice.objective(model.price), choice) for choice in choices), key=lambda pair: pair[0]
-    )
-    return _Settled(objective, Ownership(units, best.ranks, tuple(order), parameters, members))
+        by_bin = places.rate([binned[member] for member in members])
+        best = min(by_bin, best, key=lambda owners: owners.objective(model.price))
+    ownership = Ownership(units, best.ranks, tuple(order), parameters, members)
+    return _Settled(best.objective(model.price), ownership)
 
 
 def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:

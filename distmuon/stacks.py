@@ -59,7 +59,7 @@ def drift_bounded_order(deviations: Sequence[int]) -> list[int]:
 def aligned_stacks(
     specs: Sequence[TensorSpec], work: Sequence[int], world_size: int
 ) -> tuple[Layout, tuple[int, ...]] | None:
-    """Lay out stacks that are larger than a fair share so that no matrix is cut.
+    """Lay out stacks that are larger than a quarter of a share so that no matrix is cut.
 
     A stack is contiguous, so shards must end where one of its matrices does: their size is a
     multiple of the matrices of every large stack. Those stacks fill the first shards; what is loose
@@ -72,15 +72,15 @@ def aligned_stacks(
         world_size: Number of ranks.
 
     Returns:
-        The layout, and the index in `specs` of each of its parameters; None if no stack is larger
-        than a fair share, or if no size was found.
+        The layout, and the index in `specs` of each of its parameters; None if no stack is so
+        large, or if no size was found.
     """
     numel, cost = sum(spec.numel for spec in specs), sum(work)
     large = [
         i
         for i, spec in enumerate(specs)
         if len(spec.shape) > 2
-        and world_size * max(spec.numel * cost, work[i] * numel) > numel * cost
+        and 4 * world_size * max(spec.numel * cost, work[i] * numel) > numel * cost
     ]
     if not large:
         return None
