@@ -200,16 +200,21 @@ def _aligned(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> 
     # padding. In integers, so that every rank agrees.
     work = model.works(spec.shape for spec in specs)
     cost, numel = sum(work), sum(spec.numel for spec in specs)
-    bins = balance(
-        [each * numel + spec.numel * cost for each, spec in zip(work, specs, strict=True)],
-        world_size,
-    )
-    whole = aligned_layout([[specs[i] for i in members] for members in bins])
-    choices = [_in_place(whole, [i for members in bins for i in members])]
+    shares = [each * numel + spec.numel * cost for each, spec in zip(work, specs, strict=True)]
+    choices = []
+    for weights in (shares, work):
+        bins = balance(weights, world_size)
+        whole = aligned_layout([[specs[i] for i in members] for members in bins])
+        choices.append(_in_place(whole, [i for members in bins for i in members]))
     cut = aligned_stacks(specs, work, world_size)
     if cut is not None:
         choices.append(_in_place(*cut))
-    return min(choices, key=lambda each: max(each.loads(model)) * numel + each.layout.numel * cost)
+
+    def slowest_and_padded(choice: Ownership) -> int:
+        slowest = max(choice.loads(model)) * world_size
+        return slowest * numel + choice.layout.numel * cost
+
+    return min(choices, key=slowest_and_padded)
 
 
 def _in_place(parameters: Layout, order: Sequence[int]) -> Ownership:

@@ -91,11 +91,11 @@ def aligned_stacks(
     best: tuple[int, _Bins] | None = None
     for size in range(first * unit, (first + _SIZES) * unit, unit):
         padded = world_size * size * cost
-        if best is not None and padded + cost * numel // world_size >= best[0]:
+        if best is not None and padded + cost * numel >= best[0]:
             break
         bins = _Bins(specs, work, size, world_size)
         if bins.place_end_to_end(large) and bins.place_balanced(loose, numel, cost):
-            objective = max(bins.loads) * numel + padded
+            objective = world_size * max(bins.loads) * numel + padded
             if best is None or objective < best[0]:
                 best = objective, bins
     if best is None:

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from distmuon.cost import CostModel
 from distmuon.layout import Layout, LayoutKind, TensorSpec
 from distmuon.ownership import Ownership, assign, assign_fixed
 from distmuon.plan import ExchangePlan, build_plan, describe, digest, peer_counts
+from tests.counting import count_calls
 
 Shape = tuple[int, ...]
 
@@ -276,23 +275,6 @@ def test_ten_thousand_ranks_are_covered_and_their_messages_match(
             ]
 
 
-def calls(function: Callable[[], object]) -> int:
-    """How many functions, Python's and built-in ones, are called: the same on every machine."""
-    count = 0
-
-    def tick(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(tick)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
-    return count
-
-
 @settings(max_examples=8, deadline=None)
 @given(kinds, st.booleans(), st.sampled_from([8, 300, 1500]))
 def test_i8_twice_the_matrices_and_ranks_are_little_more_than_twice_the_work(
@@ -306,7 +288,7 @@ def test_i8_twice_the_matrices_and_ranks_are_little_more_than_twice_the_work(
             build_plan(ownership, world_size // 2, wave_numel=10**4)
             described(ownership)
 
-        return calls(work)
+        return count_calls(work)
 
     # n log n would be 2.2; a quadratic step anywhere is 4.
     assert plan(2) <= 2.6 * plan(1)

@@ -2,11 +2,13 @@
 
 import pytest
 
+from benchmarks.balance import kimi_k2
 from distmuon.cost import default_cost_model, newton_schulz_cost
 from distmuon.layout import TensorSpec
 from distmuon.ownership import Ownership, assign, balance
 from distmuon.plan import build_plan
 from distmuon.stacks import drift_bounded_order
+from tests.counting import count_calls
 
 
 def llama(layers: int, width: int, hidden: int, kv: int) -> list[TensorSpec]:
@@ -95,3 +97,41 @@ def test_order_refers_to_the_callers_sequence() -> None:
     specs = llama(2, 64, 160, 32)
     ownership = assign(specs, 3)
     assert tuple(specs[i] for i in ownership.order) == ownership.layout.specs
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_kimi_k2_is_balanced_on_2048_ranks(stacked: bool) -> None:
+    specs = kimi_k2(stacked=stacked)
+    ownership = assign(specs, 2048)
+    numel = sum(spec.numel for spec in specs)
+    load = loads(ownership)
+    assert max(load) * 2048 <= 1.02 * sum(load)
+    assert sum(ownership.traffic()[0]) <= 0.03 * numel
+    assert ownership.layout.numel <= 1.0001 * numel, "memory imbalance 1.000"
+
+
+@pytest.mark.parametrize(
+    ("stacked", "world_size", "most_load", "most_padding"),
+    [(True, 64, 1.006, 0.018), (True, 2048, 1.017, 0.028), (False, 2048, 1.017, 0.028)],
+)
+def test_aligned_kimi_k2_is_balanced_and_padded_as_documented(
+    stacked: bool, world_size: int, most_load: float, most_padding: float
+) -> None:
+    specs = kimi_k2(stacked=stacked)
+    ownership = assign(specs, world_size, layout="aligned")
+    load = loads(ownership)
+    assert max(load) * world_size <= most_load * sum(load)
+    assert ownership.layout.numel <= (1 + most_padding) * sum(spec.numel for spec in specs)
+    assert sum(ownership.traffic()[0]) == 0
+
+
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_i8_a_trillion_parameters_on_ten_thousand_ranks_take_few_calls_each(stacked: bool) -> None:
+    specs = kimi_k2(stacked=stacked)
+
+    def plan() -> None:
+        ownership = assign(specs, 10_000)
+        build_plan(ownership, 5_000, wave_numel=2**24)
+
+    # Counted rather than timed, so that a busy machine does not fail it: about 45 were measured.
+    assert count_calls(plan) <= 90 * (69_668 + 10_000)
