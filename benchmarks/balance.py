@@ -126,15 +126,15 @@ def print_scale(world_size: int) -> None:
     for stacked in (False, True):
         specs = kimi_k2(stacked=stacked)
         for layout in LAYOUTS:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             ownership = assign(specs, world_size, layout=layout)
             build_plan(ownership, world_size // 2, wave_numel=WAVE_NUMEL)
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             print(
                 f"{sum(s.numel for s in specs):,} elements, {len(specs):,} parameters, "
                 f"{len(ownership.owners):,} matrices, {world_size:,} ranks, {layout}: "
-                f"{seconds:.2f} s, {peak:,.0f} MiB at most so far"
+                f"{seconds:.2f} s wall, {cpu:.2f} s CPU, {peak:,.0f} MiB at most so far"
             )
 
 

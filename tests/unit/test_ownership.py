@@ -112,7 +112,7 @@ def test_kimi_k2_is_balanced_on_2048_ranks(stacked: bool) -> None:
 
 @pytest.mark.parametrize(
     ("stacked", "world_size", "most_load", "most_padding"),
-    [(True, 64, 1.006, 0.018), (True, 2048, 1.017, 0.028), (False, 2048, 1.017, 0.028)],
+    [(True, 64, 1.006, 0.018), (True, 2048, 1.017, 0.028), (False, 2048, 1.017, 0.037)],
 )
 def test_aligned_kimi_k2_is_balanced_and_padded_as_documented(
     stacked: bool, world_size: int, most_load: float, most_padding: float
