@@ -108,15 +108,9 @@ class Muon(torch.optim.Optimizer):
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        how_laid_out = layout, cost_model
+        placing = layout, cost_model
         self._policy = Policy(
-            reduce,
-            nonfinite,
-            max_skips,
-            missing_grad,
-            wave_bytes,
-            check_desync_every,
-            *how_laid_out,
+            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *placing
         )
         self._step_supports_amp_scaling = reduce != "ddp"  # a GradScaler shows itself to step()
         self._communicator = Communicator(process_group)
