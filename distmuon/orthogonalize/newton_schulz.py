@@ -126,15 +126,25 @@ def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) 
         if scale is None:
             scale = inverse_norm(r, schedule)
             r.mul_((scale * scale).to(r.dtype))
-            q = _transform(r, triples).mul_(scale.to(r.dtype))
+            q = gram_transform(r, triples).mul_(scale.to(r.dtype))
         else:
-            q = _transform(r, triples)
+            q = gram_transform(r, triples)
         x = _Factor(q, 0.0).times(x)
     return x
 
 
-def _transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Q with Q X = the given steps on X, from R = X Xᵀ. Every matrix here is a polynomial of R."""
+def gram_transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Q with Q X = the given steps on X, from R = X Xᵀ. Every matrix here is a polynomial of R.
+
+    Args:
+        r: [..., m, m], symmetric up to rounding, of an X that is normalized. Not modified.
+        triples: the coefficients of the steps; none give the identity.
+
+    Returns:
+        [..., m, m], symmetric up to rounding.
+    """
+    if not triples:
+        return torch.eye(r.size(-1), dtype=r.dtype, device=r.device).expand_as(r)
     first = _factor(r, triples[0])
     factor = first
     q = first.matrix

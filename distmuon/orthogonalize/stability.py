@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -104,6 +104,53 @@ def windows(schedule: Schedule, arithmetic: Arithmetic) -> tuple[tuple[Triple, .
     if len(cut) == schedule.steps > 1 or arithmetic == "bfloat16":
         raise ValueError(_refusal(schedule, arithmetic))
     return tuple(tuple(window) for window in cut)
+
+
+class Halves(NamedTuple):
+    """A schedule, cut in two.
+
+    Attributes:
+        schedule: the whole.
+        first: its first coefficients, at least one triple.
+        second: the others; may be none.
+    """
+
+    schedule: Schedule
+    first: tuple[Triple, ...]
+    second: tuple[Triple, ...]
+
+
+@cache
+def halves(schedule: Schedule, *, gram: Arithmetic, products: Arithmetic) -> Halves:
+    """Cut a schedule for a Gram matrix that is formed only once, as a sum over several places.
+
+    Args:
+        schedule: coefficients.
+        gram: precision of that Gram matrix.
+        products: precision of the products that iterate on it.
+
+    Returns:
+        The halves whose products of slopes are the most alike.
+
+    Raises:
+        ValueError: rounding errors of the Gram matrix over the whole schedule, or of the products
+            over one half, would be amplified past the result.
+    """
+    slopes = [abs(a) for a, _, _ in schedule.coefficients]
+    cut = min(
+        range(1, schedule.steps + 1),
+        key=lambda i: max(math.prod(slopes[:i]), math.prod(slopes[i:])),
+    )
+    steepest = max(math.prod(slopes[:cut]), math.prod(slopes[cut:]))
+    for growth, precision in ((math.prod(slopes), gram), (steepest, products)):
+        if growth**2 * _SPURIOUS[precision] >= _SPURIOUS_LIMIT:
+            raise ValueError(
+                f"Invalid coefficients for a split matrix: schedule {schedule.name!r} would "
+                f"amplify the rounding errors of a {precision} Gram matrix past the result. Use "
+                "ns_dtype='float64', a schedule with smaller slopes, or split no matrix."
+            )
+    coefficients = schedule.coefficients
+    return Halves(schedule, coefficients[:cut], coefficients[cut:])
 
 
 def check_without_restart(schedule: Schedule, arithmetic: Arithmetic) -> None:
