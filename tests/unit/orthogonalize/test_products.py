@@ -14,16 +14,6 @@ from distmuon.orthogonalize.products import (
 SIZES = [SMALLEST_CUT - 1, SMALLEST_CUT, SMALLEST_CUT + 1, 3 * PANEL + 77, 5 * PANEL]
 
 
-def off_diagonal_blocks_mirror(x: torch.Tensor) -> bool:
-    starts = range(0, x.size(0), PANEL)
-    return all(
-        torch.equal(x[i : i + PANEL, j : j + PANEL], x[j : j + PANEL, i : i + PANEL].T)
-        for i in starts
-        for j in starts
-        if i != j
-    )
-
-
 @pytest.mark.parametrize("m", SIZES)
 def test_a_cut_gram_matrix_is_the_whole_one(m: int) -> None:
     x = torch.randn(m, m + 50, generator=torch.Generator().manual_seed(0))
@@ -31,7 +21,7 @@ def test_a_cut_gram_matrix_is_the_whole_one(m: int) -> None:
     torch.testing.assert_close(actual.double(), x.double() @ x.double().mT, rtol=0, atol=2e-3)
     assert torch.equal(actual, symmetric_product(x.clone(), x.clone().mT))
     if m >= SMALLEST_CUT:
-        assert off_diagonal_blocks_mirror(actual)
+        assert torch.equal(actual, actual.mT)
 
 
 @pytest.mark.parametrize("m", SIZES)
@@ -52,7 +42,7 @@ def test_the_fused_product_is_the_polynomial(m: int) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
     assert torch.equal(r, copy)
     if m >= SMALLEST_CUT:
-        assert off_diagonal_blocks_mirror(actual)
+        assert torch.equal(actual, actual.mT)
 
 
 def test_batches_go_through_whole() -> None:
