@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 # each other. A new file must be given a place here.
 FLOORS = (
     ("version", "layout", "update_rules", "orthogonalize", "routing", "failure"),
-    ("cost", "fixed_order", "stacks"),
-    ("ownership", "options", "param_groups", "reduction"),
+    ("cost", "fixed_order", "splits", "stacks"),
+    ("ownership", "options", "param_groups", "reduction", "split_plan"),
     ("plan", "choice", "group_check"),
     # Above this line rooms may communicate.
     ("collectives",),
