@@ -19,6 +19,7 @@ from distmuon.options import Algorithm, GroupOptions, Policy
 from distmuon.ownership import Ownership
 from distmuon.plan import ExchangePlan, build_plan, describe
 from distmuon.shard import Shard
+from distmuon.split_exchange import SplitExchange
 from distmuon.update_rules import adjust_lr_factor
 
 STATE_NAMES: dict[Algorithm, tuple[str, ...]] = {
@@ -100,12 +101,14 @@ class Bucket:
         shard: This rank's range.
         plan: This rank's transfers; None for elementwise rules.
         exchange: Runs the plan; None for elementwise rules.
+        split: Runs the plan's split matrices; None for elementwise rules.
     """
 
     spec: BucketSpec
     shard: Shard
     plan: ExchangePlan | None
     exchange: Exchange | None
+    split: SplitExchange | None
 
     @property
     def owned(self) -> tuple[int, ...]:
@@ -152,6 +155,7 @@ def specify(
                 model=policy.cost_model or default_cost_model(device.type),
                 wave_numel=policy.wave_numel,
                 itemsize=dtype.itemsize,
+                sharing=policy.sharing,
             )
         layout = ownership.parameters if ownership else flat_layout(tensors, world_size)
         order = ownership.order if ownership else range(len(entries))
@@ -167,21 +171,24 @@ def specify(
     return result
 
 
-def open_bucket(spec: BucketSpec, communicator: Communicator, wave_numel: int) -> Bucket:
+def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) -> Bucket:
     """Allocate a bucket's buffers and make its parameters views of them.
 
     Args:
         spec: What is in it.
         communicator: The group it is sharded over.
-        wave_numel: Most elements that one owner fetches in a wave.
+        policy: Says how large a wave is, and in what dtype split matrices are computed.
 
     Returns:
         The bucket, its state zero.
     """
     rank = communicator.rank
     shard = Shard(spec.layout, rank, spec.parameters, STATE_NAMES[spec.algorithm])
-    plan = spec.plan(rank, wave_numel)
-    return Bucket(spec, shard, plan, Exchange(plan, communicator) if plan else None)
+    plan = spec.plan(rank, policy.wave_numel)
+    if plan is None:
+        return Bucket(spec, shard, None, None, None)
+    split = SplitExchange(plan.split, communicator, getattr(torch, policy.split_dtype))
+    return Bucket(spec, shard, plan, Exchange(plan, communicator), split)
 
 
 def refuse_shared_storage(specs: Sequence[BucketSpec]) -> None:

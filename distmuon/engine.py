@@ -17,7 +17,7 @@ from distmuon.desync import check_desync
 from distmuon.failure import RankFailure, Topic
 from distmuon.gradients import GradientNorms, GradientSource, gradient_norms, make_source
 from distmuon.options import GroupOptions, Policy, read_options
-from distmuon.steps import adamw_step, muon_step
+from distmuon.steps import adamw_step, check_splits, muon_step
 from distmuon.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Engine:
         refuse_shared_storage(specs)
         self._communicator = communicator
         self._policy = policy
-        self.buckets = [open_bucket(spec, communicator, policy.wave_numel) for spec in specs]
+        self.buckets = [open_bucket(spec, communicator, policy) for spec in specs]
         self.source: GradientSource = make_source(policy.reduce, self.buckets, communicator)
         self._names = tuple(name for bucket in self.buckets for name in bucket.spec.names)
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
@@ -130,6 +130,7 @@ class Engine:
             options = [read_options(group, index) for index, group in enumerate(groups)]
             for bucket in self.buckets:
                 bucket.shard.adopt()
+                check_splits(bucket, options)
             updates = self.source.read()
             found = (b.shard.first_nonfinite(u) for b, u in zip(self.buckets, updates, strict=True))
             nonfinite = next((name for name in found if name is not None), None)

@@ -16,7 +16,15 @@ from distmuon.cost import CostModel
 from distmuon.engine import Engine
 from distmuon.group_check import merge_groups, read_group, refuse_grad_scaler
 from distmuon.layout import LayoutChoice
-from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
+from distmuon.options import (
+    MissingGrad,
+    NonFinite,
+    NsDtype,
+    Policy,
+    Reduce,
+    SplitDtype,
+    StateDictKind,
+)
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan
 from distmuon.report import Report, make_report
@@ -59,6 +67,8 @@ class Muon(torch.optim.Optimizer):
         process_group: ProcessGroup | None = None,
         layout: LayoutChoice = "flat",
         cost_model: CostModel | None = None,
+        max_split: int = 1,
+        split_dtype: SplitDtype = "float32",
         reduce: Reduce = "ddp",
         nonfinite: NonFinite = "raise",
         max_skips: int = 10,
@@ -89,6 +99,9 @@ class Muon(torch.optim.Optimizer):
             layout: "flat" cuts equal shards and moves what drifted over a border; "aligned" moves
                 nothing and pads the shards; "auto" predicts the faster one (`plan[i].reason`).
             cost_model: Rates to plan with; None for the defaults of the device.
+            max_split: Most ranks, up to 4, that may share a matrix of more than a fair share of the
+                work. Its update then agrees with one process's to rounding, not to the bit.
+            split_dtype: Dtype of such matrices' Gram matrices and transforms (docs/numerics.md).
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
                 DistributedDataParallel does. "hook": a DDP hook sends each rank only its range
                 (call `attach(ddp_model)`). "owned": no DDP, the optimizer's own hooks
@@ -108,7 +121,7 @@ class Muon(torch.optim.Optimizer):
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        placing = layout, cost_model
+        placing = layout, cost_model, max_split, split_dtype
         self._policy = Policy(
             reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *placing
         )

@@ -12,6 +12,7 @@ import torch
 from distmuon.cost import CostModel
 from distmuon.layout import LayoutChoice, LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
+from distmuon.splits import Sharing
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
 Algorithm = Literal["muon", "adamw"]
@@ -20,7 +21,13 @@ Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip"]
 MissingGrad = Literal["raise", "zero"]
 StateDictKind = Literal["whole", "sharded"]
+SplitDtype = Literal["float32", "float64"]
 NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
+
+# Past four parts a matrix of a transformer sends more than its pieces would.
+MAX_SPLIT = 4
+# Integers of a Policy, and the least that each may be.
+_LEAST = (("max_skips", 1), ("wave_bytes", 1), ("check_desync_every", 0), ("max_split", 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,8 @@ class Policy:
         check_desync_every: Steps between two comparisons of all parameters; 0 for never.
         layout: Where Muon's matrices lie: "flat", "aligned", or the faster one by "auto".
         cost_model: What work and messages cost; None for the defaults of the device.
+        max_split: Most ranks that may share one matrix; 1 for none.
+        split_dtype: Dtype of the Gram matrices and transforms of shared matrices.
 
     Raises:
         ValueError: for a value out of range.
@@ -88,6 +97,8 @@ class Policy:
     check_desync_every: int
     layout: LayoutChoice
     cost_model: CostModel | None
+    max_split: int
+    split_dtype: SplitDtype
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -96,16 +107,24 @@ class Policy:
             ("nonfinite", get_args(NonFinite)),
             ("missing_grad", get_args(MissingGrad)),
             ("layout", (*get_args(LayoutKind), "auto")),
+            ("split_dtype", get_args(SplitDtype)),
         ):
             value = getattr(self, key)
             if value not in allowed:
                 raise ValueError(f"Invalid {key}={value!r}. Must be one of {allowed}.")
-        for key, least in (("max_skips", 1), ("wave_bytes", 1), ("check_desync_every", 0)):
+        for key, least in _LEAST:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Invalid {key}={value!r}. Must be an int.")
             if value < least:
                 raise ValueError(f"Invalid {key}={value}. Must be >= {least}.")
+        if self.max_split > MAX_SPLIT:
+            raise ValueError(f"Invalid max_split={self.max_split}. Must be <= {MAX_SPLIT}.")
+        if self.max_split > 1 and self.layout == "aligned":
+            raise ValueError(
+                f'max_split={self.max_split} needs layout="flat" or "auto": with "aligned" every '
+                "matrix stays whole where it lies, and nothing is exchanged."
+            )
         if not isinstance(self.cost_model, CostModel | None):
             raise TypeError(
                 f"Invalid cost_model of type {type(self.cost_model).__name__}. Must be a "
@@ -122,6 +141,11 @@ class Policy:
     def wave_numel(self) -> int:
         """Elements of momentum per wave; they travel in fp32."""
         return self.wave_bytes // 4
+
+    @property
+    def sharing(self) -> Sharing:
+        """How far matrices may be split."""
+        return Sharing(self.max_split, 8 if self.split_dtype == "float64" else 4)
 
 
 def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:

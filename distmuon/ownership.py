@@ -17,8 +17,9 @@ is also what a given order wants.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from distmuon.layout import (
     flat_layout,
     units_of,
 )
+from distmuon.splits import Sharing, Split, choose_splits, loads_with
 from distmuon.stacks import aligned_stacks, drift_bounded_order, spread
 
 
@@ -46,6 +48,7 @@ class Ownership:
         parameters: One entry per parameter, over the same buffer as `layout`.
         members: Index in `parameters` of the parameter that each matrix belongs to.
         reason: Why this layout, with the figures of those it was compared with; for a person.
+        splits: Matrices that several ranks share, by index in `layout`; each is still owned by one.
     """
 
     layout: Layout
@@ -54,6 +57,12 @@ class Ownership:
     parameters: Layout
     members: tuple[int, ...]
     reason: str = ""
+    splits: tuple[Split, ...] = ()
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """Matrices that are split, by index in `layout`."""
+        return frozenset(split.matrix for split in self.splits)
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """Matrices that `rank` orthogonalizes, by index in the layout, in flat order."""
@@ -61,9 +70,13 @@ class Ownership:
 
     def describe_owners(self) -> list[str]:
         """For each parameter the owners of its matrices, as words that differ where owners do."""
-        found: list[list[int]] = [[] for _ in self.parameters.specs]
+        found: list[list[str]] = [[] for _ in self.parameters.specs]
         for member, owner in zip(self.members, self.owners, strict=True):
-            found[member].append(owner)
+            found[member].append(str(owner))
+        for split in self.splits:
+            first = bisect_left(self.members, self.members[split.matrix])
+            words = f"{split.owner} for {list(split.ranks)} cut at {list(split.cuts)}"
+            found[self.members[split.matrix]][split.matrix - first] = words
         return [
             f"owner {owners[0]}"
             if len(owners) == 1
@@ -79,12 +92,14 @@ class Ownership:
                 exceed it.
 
         Returns:
-            For each matrix its round, from 0; None if its owner holds all of it.
+            For each matrix its round, from 0; None if its owner holds all of it, or it is split.
         """
+        shared = self.shared
         rounds: list[int | None] = []
         wave, fetched = [0] * self.layout.world_size, [0] * self.layout.world_size
         for index, owner in enumerate(self.owners):
-            numel = self.layout.specs[index].numel - self.layout.held(index, owner)
+            missing = self.layout.specs[index].numel - self.layout.held(index, owner)
+            numel = 0 if index in shared else missing
             if fetched[owner] and fetched[owner] + numel > wave_numel:
                 wave[owner], fetched[owner] = wave[owner] + 1, 0
             fetched[owner] += numel
@@ -92,11 +107,12 @@ class Ownership:
         return tuple(rounds)
 
     def traffic(self) -> tuple[list[int], list[int]]:
-        """Elements that each rank sends, and receives, when the matrices are gathered."""
+        """Elements that each rank sends, and receives, when the whole matrices are gathered."""
+        shared = self.shared
         sent, received = [0] * self.layout.world_size, [0] * self.layout.world_size
         for index, owner in enumerate(self.owners):
             numel, held = self.layout.specs[index].numel, self.layout.held(index, owner)
-            if held < numel:
+            if held < numel and index not in shared:
                 received[owner] += numel - held
                 sent[owner] -= held
                 for rank in self.layout.span(index):
@@ -109,11 +125,22 @@ class Ownership:
         Args:
             model: What a matrix costs.
         """
-        loads = [0] * self.layout.world_size
         work = model.works(spec.shape for spec in self.layout.specs)
-        for amount, owner in zip(work, self.owners, strict=True):
-            loads[owner] += amount
-        return loads
+        return loads_with(self.layout, self.owners, work, self.splits)
+
+    def with_splits(self, model: CostModel, sharing: Sharing) -> Ownership:
+        """The same places and owners, with costly matrices shared where that is faster.
+
+        Args:
+            model: What a matrix costs.
+            sharing: How far matrices may be split.
+
+        Returns:
+            Itself if no matrix is worth splitting.
+        """
+        work = model.works(spec.shape for spec in self.layout.specs)
+        splits = choose_splits(self.layout, self.owners, work, sharing)
+        return replace(self, splits=splits) if splits else self
 
 
 def assign(

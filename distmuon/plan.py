@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from distmuon.layout import Layout, Segment
 from distmuon.ownership import Ownership
+from distmuon.split_plan import SplitPlan, build_split_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class ExchangePlan:
         batches: The local ones by shape and parameter group, in flat order: each may be
             orthogonalized as one stack.
         waves: Rounds of messages; every rank has the same number of them.
+        split: What this rank does for matrices that several ranks share.
     """
 
     ownership: Ownership
@@ -75,6 +77,7 @@ class ExchangePlan:
     local: tuple[int, ...]
     batches: tuple[tuple[int, ...], ...]
     waves: tuple[Wave, ...]
+    split: SplitPlan
 
     @property
     def owned(self) -> tuple[int, ...]:
@@ -88,13 +91,13 @@ class ExchangePlan:
 
     @property
     def outgoing_numel(self) -> int:
-        """Elements sent in the gather and received in the scatter, over all waves."""
-        return sum(wave.outgoing_numel for wave in self.waves)
+        """Elements sent in the gather and received in the scatter, slices included."""
+        return sum(wave.outgoing_numel for wave in self.waves) + self.split.outgoing_numel
 
     @property
     def incoming_numel(self) -> int:
-        """Elements received in the gather and sent in the scatter, over all waves."""
-        return sum(wave.incoming_numel for wave in self.waves)
+        """Elements received in the gather and sent in the scatter, slices included."""
+        return sum(wave.incoming_numel for wave in self.waves) + self.split.incoming_numel
 
 
 def build_plan(
@@ -113,7 +116,7 @@ def build_plan(
     """
     layout, owners = ownership.layout, ownership.owners
     segments, owned = layout.segments(rank), ownership.owned(rank)
-    rounds = ownership.waves(wave_numel)
+    rounds, shared = ownership.waves(wave_numel), ownership.shared
     local: list[int] = []
     matrices: defaultdict[int, list[int]] = defaultdict(list)
     sends: defaultdict[int, list[tuple[int, Segment]]] = defaultdict(list)
@@ -121,7 +124,8 @@ def build_plan(
     for index in owned:
         wave = rounds[index]
         if wave is None:
-            local.append(index)
+            if index not in shared:
+                local.append(index)
             continue
         matrices[wave].append(index)
         receives[wave].extend((s.rank, s) for s in layout.holders(index) if s.rank != rank)
@@ -138,7 +142,8 @@ def build_plan(
         group = groups[ownership.members[index]] if groups else 0
         batches[layout.specs[index].shape, group].append(index)
     alike = tuple(map(tuple, batches.values()))
-    return ExchangePlan(ownership, rank, segments, tuple(local), alike, waves)
+    split = build_split_plan(layout, ownership.splits, rank, wave_numel=wave_numel)
+    return ExchangePlan(ownership, rank, segments, tuple(local), alike, waves, split)
 
 
 def peer_counts(transfers: Iterable[Transfer], world_size: int) -> list[int]:

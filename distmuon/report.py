@@ -27,8 +27,9 @@ class Report:
         newton_schulz_calls: Matrices that this rank has orthogonalized, summed over the steps.
         newton_schulz_expected: Owned matrices that had a gradient, summed over the steps.
         bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
-            matrices, "reduce" of gradients (hook and owned only), "publish" of parameters, "agree"
-            on whether and how to step, "consolidate" of state.
+            matrices, "gram" and "transform" of matrices that several ranks share, "reduce" of
+            gradients (hook and owned only), "publish" of parameters, "agree" on whether and how to
+            step, "consolidate" of state.
         gradient_norms: Before the last clipping, Muon's and AdamW's apart; NaN before the first
             clipping, None before the first step.
         state_bytes: Optimizer state on this rank, fp32 master weights included.

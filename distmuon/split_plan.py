@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 from distmuon.layout import Layout, Segment
 from distmuon.splits import Split, packed_numel
 
+MessageKind = Literal["gram", "transform"]
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -67,15 +69,22 @@ class Part:
     short: int
     sliced: Literal["rows", "columns"]
 
-    @property
-    def gram_numel(self) -> int:
-        """Elements of a Gram message: the packed matrix and its scale."""
-        return packed_numel(self.short) + 1
+    def message_numel(self, kind: MessageKind) -> int:
+        """Elements of a packed message: one Gram matrix, or two factors; and their scale."""
+        return (1 if kind == "gram" else 2) * packed_numel(self.short) + 1
 
-    @property
-    def transform_numel(self) -> int:
-        """Elements of a transform message: two packed factors and their scale."""
-        return 2 * packed_numel(self.short) + 1
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Between whom a Gram matrix and a transform travel.
+
+    Attributes:
+        peer: The rank at the other end.
+        part: The matrix, as this rank sees it.
+    """
+
+    peer: int
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +96,16 @@ class SplitWave:
         outgoing: Rectangles held here for parts elsewhere, packed by (peer, matrix, offset).
         incoming: Rectangles held elsewhere for parts here, packed by (peer, matrix, offset).
         kept: Rectangles held here for parts here.
+        to_owners: For each part here whose matrix is owned elsewhere, by (owner, matrix).
+        to_parts: For each part elsewhere whose matrix is owned here, by (rank, matrix).
     """
 
     parts: tuple[Part, ...]
     outgoing: tuple[Block, ...]
     incoming: tuple[Block, ...]
     kept: tuple[Block, ...]
+    to_owners: tuple[Route, ...]
+    to_parts: tuple[Route, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +130,14 @@ class SplitPlan:
         """Elements received in the gather and sent in the scatter."""
         return sum(block.numel for wave in self.waves for block in wave.incoming)
 
-    @property
-    def gram_numel(self) -> int:
-        """Elements of Gram matrices sent to owners."""
-        parts = (part for wave in self.waves for part in wave.parts)
-        return sum(p.gram_numel for p in parts if p.split.owner != self.rank)
-
-    @property
-    def transform_numel(self) -> int:
-        """Elements of transforms sent to the other parts."""
-        parts = (part for wave in self.waves for part in wave.parts)
-        return sum(
-            p.transform_numel * (len(p.split.ranks) - 1)
-            for p in parts
-            if p.split.owner == self.rank
+    def sent_numel(self, kind: MessageKind) -> int:
+        """Elements of Gram matrices sent to owners, or of transforms sent to parts."""
+        routes = (
+            route
+            for wave in self.waves
+            for route in (wave.to_owners if kind == "gram" else wave.to_parts)
         )
+        return sum(route.part.message_numel(kind) for route in routes)
 
 
 def build_split_plan(
@@ -164,10 +170,27 @@ def build_split_plan(
             _pack(blocks[wave, "outgoing"]),
             _pack(blocks[wave, "incoming"]),
             tuple(blocks[wave, "kept"]),
+            *_routes(parts[wave], rank),
         )
         for wave in range(max(rounds, default=-1) + 1)
     )
     return SplitPlan(rank, waves)
+
+
+def _routes(parts: Sequence[Part], rank: int) -> tuple[tuple[Route, ...], tuple[Route, ...]]:
+    to_owners = [Route(part.split.owner, part) for part in parts if part.split.owner != rank]
+    to_parts = [
+        Route(peer, part)
+        for part in parts
+        if part.split.owner == rank
+        for peer in part.split.ranks
+        if peer != rank
+    ]
+    return tuple(sorted(to_owners, key=_by_peer)), tuple(sorted(to_parts, key=_by_peer))
+
+
+def _by_peer(route: Route) -> tuple[int, int]:
+    return route.peer, route.part.split.matrix
 
 
 def _rounds(layout: Layout, splits: Sequence[Split], wave_numel: int) -> list[int]:
@@ -224,6 +247,23 @@ def _part(layout: Layout, split: Split, index: int) -> Part:
         min(rows, columns),
         "columns" if columns >= rows else "rows",
     )
+
+
+def moved_pieces(layout: Layout, split: Split) -> Iterator[tuple[int, int, int]]:
+    """What has to travel so that every part of a matrix is whole.
+
+    Args:
+        layout: Where the matrices lie.
+        split: The matrix and who shares it.
+
+    Yields:
+        The rank that holds a piece, another that needs it, and its elements.
+    """
+    for segment in layout.holders(split.matrix):
+        for index, user in enumerate(split.ranks):
+            if user != segment.rank:
+                blocks = _overlap(layout, split, segment, index)
+                yield segment.rank, user, sum(block.numel for block in blocks)
 
 
 def _pieces(layout: Layout, split: Split, rank: int) -> Iterator[tuple[int, int, Block]]:

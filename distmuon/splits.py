@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from distmuon.layout import Layout
 
@@ -23,6 +24,18 @@ from distmuon.layout import Layout
 _PANEL = 32
 # Newton-Schulz steps that costs are counted for; only ratios matter.
 _STEPS = 5
+
+
+class Sharing(NamedTuple):
+    """How far matrices may be split.
+
+    Attributes:
+        most: Most ranks that may share a matrix; 1 for none.
+        itemsize: Bytes of an element of the Gram matrices.
+    """
+
+    most: int = 1
+    itemsize: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +85,28 @@ def most_parts(rows: int, columns: int, *, itemsize: int) -> int:
     return min(8 * m * n // (3 * packed_numel(m) * itemsize), n)
 
 
-def part_work(work: int, shape: Sequence[int], width: int, *, is_owner: bool) -> int:
-    """What one part costs, in the units in which the whole matrix costs `work`.
+def part_work(shape: Sequence[int], width: int, *, is_owner: bool) -> int:
+    """What one part costs, in the operations that `newton_schulz_cost` counts.
 
-    Counted in operations, symmetric products at half: m²w for the Gram matrix of a part of width w
-    and 4m²w for two factors, and for the owner (4T - 3)m³ for the polynomial; the whole matrix
-    takes T (3m²n + m³).
+    With symmetric products at half, a part of width w takes m²w for its Gram matrix and 4m²w for
+    two factors, and its owner (4T - 3)m³ for T steps, where the whole matrix takes T (3m²n + m³).
+    The cost is this share of the whole matrix's, T (4m²n + 2m³), with T = 5.
 
     Args:
-        work: Cost of the whole matrix.
-        shape: Its shape [m, n], in either orientation.
+        shape: The whole matrix's shape [m, n], in either orientation.
         width: Width of the part along the long side.
         is_owner: Whether the part's rank evaluates the polynomial.
 
     Returns:
-        The share of `work`, rounded up.
+        A count of operations, rounded up.
     """
     m, n = sorted(shape)
     polynomial = (4 * _STEPS - 3) * m if is_owner else 0
-    return -(-work * (5 * width + polynomial) // (_STEPS * (3 * n + m)))
+    return -(-m * m * (4 * n + 2 * m) * (5 * width + polynomial) // (3 * n + m))
 
 
 def choose_splits(
-    layout: Layout, owners: Sequence[int], work: Sequence[int], *, max_split: int, itemsize: int
+    layout: Layout, owners: Sequence[int], work: Sequence[int], sharing: Sharing
 ) -> tuple[Split, ...]:
     """Split the matrices that cost more than a fair share, where that relieves their owners.
 
@@ -104,31 +116,52 @@ def choose_splits(
     Args:
         layout: Where the matrices lie.
         owners: Owner of each matrix; it stays one of the matrix's ranks.
-        work: Cost of each matrix.
-        max_split: Most ranks that may share a matrix; 1 for none.
-        itemsize: Bytes of an element of the Gram matrices.
+        work: Cost of each matrix when it is whole.
+        sharing: How far they may be split.
 
     Returns:
-        The splits by matrix, none of which makes any rank as slow as the owner was before.
+        The splits by matrix; none if the slowest rank would not become faster.
     """
-    if max_split < 2 or layout.world_size < 2:
+    if sharing.most < 2 or layout.world_size < 2:
         return ()
     total = sum(work)
     costly = [i for i, each in enumerate(work) if each * layout.world_size > total]
-    idle = _Idle(split_loads(layout, owners, work, ()))
+    costly.sort(key=lambda i: (-work[i], i))
+    whole = loads_with(layout, owners, work, ())
+    best: tuple[Split, ...] = ()
+    fastest = max(whole)
+    # More ranks a matrix leave fewer for the next one, so that fewer can be better.
+    for limit in range(2, sharing.most + 1) if costly else ():
+        idle = _Idle(list(whole))
+        chosen = _split_each(layout, owners, work, costly, Sharing(limit, sharing.itemsize), idle)
+        if max(idle.loads) < fastest:
+            best, fastest = chosen, max(idle.loads)
+    return best
+
+
+def _split_each(
+    layout: Layout,
+    owners: Sequence[int],
+    work: Sequence[int],
+    costly: Sequence[int],
+    sharing: Sharing,
+    idle: _Idle,
+) -> tuple[Split, ...]:
+    """Split one matrix after the other, where that relieves its owner."""
     chosen = []
-    for matrix in sorted(costly, key=lambda i: (-work[i], i)):
+    for matrix in costly:
         shape = layout.specs[matrix].shape
-        most = min(max_split, layout.world_size, most_parts(*shape, itemsize=itemsize))
+        fitting = most_parts(*shape, itemsize=sharing.itemsize)
+        most = min(sharing.most, layout.world_size, fitting)
         split = _best_split(layout, matrix, owners[matrix], work[matrix], most=most, idle=idle)
         if split is not None:
-            _add_loads(split, shape, work[matrix], idle.loads)
+            _exchange_loads(split, shape, work[matrix], idle.loads)
             idle.changed(split.ranks)
             chosen.append(split)
     return tuple(sorted(chosen, key=lambda split: split.matrix))
 
 
-def split_loads(
+def loads_with(
     layout: Layout, owners: Sequence[int], work: Sequence[int], splits: Sequence[Split]
 ) -> list[int]:
     """Work of each rank.
@@ -140,21 +173,21 @@ def split_loads(
         splits: The matrices that are not.
 
     Returns:
-        `world_size` numbers in the units of `work`.
+        `world_size` counts of operations.
     """
     loads = [0] * layout.world_size
     for owner, each in zip(owners, work, strict=True):
         loads[owner] += each
     for split in splits:
-        _add_loads(split, layout.specs[split.matrix].shape, work[split.matrix], loads)
+        _exchange_loads(split, layout.specs[split.matrix].shape, work[split.matrix], loads)
     return loads
 
 
-def _add_loads(split: Split, shape: Sequence[int], work: int, loads: list[int]) -> None:
+def _exchange_loads(split: Split, shape: Sequence[int], work: int, loads: list[int]) -> None:
     """Replace a whole matrix's cost at its owner by its parts' at all of its ranks."""
     loads[split.owner] -= work
     for rank, (start, stop) in zip(split.ranks, pairwise(split.cuts), strict=True):
-        loads[rank] += part_work(work, shape, stop - start, is_owner=rank == split.owner)
+        loads[rank] += part_work(shape, stop - start, is_owner=rank == split.owner)
 
 
 class _Idle:
@@ -195,8 +228,8 @@ def _best_split(
     best, fastest = None, loads[owner]
     for k in range(2, most + 1):
         width = -(-long // k)
-        bound = loads[owner] - work + part_work(work, shape, width, is_owner=True)
-        help_work = part_work(work, shape, width, is_owner=False)
+        bound = loads[owner] - work + part_work(shape, width, is_owner=True)
+        help_work = part_work(shape, width, is_owner=False)
         near = [
             segment.rank
             for segment in layout.holders(matrix)

@@ -11,6 +11,8 @@ from distmuon import update_rules
 from distmuon.buckets import Bucket
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
+from distmuon.orthogonalize.parts import check_parts
+from distmuon.split_exchange import SplitJob
 
 _DTYPES: dict[NsDtype, torch.dtype] = {
     "float64": torch.float64,
@@ -39,6 +41,7 @@ def muon_step(
     """
     shard, exchange, ownership = bucket.shard, bucket.exchange, bucket.spec.ownership
     assert exchange is not None, "a Muon bucket has an exchange"
+    assert bucket.split is not None, "a Muon bucket has an exchange for split matrices"
     assert ownership is not None, "a Muon bucket has owners"
     runs = shard.begin_step(present, bucket.spec.groups)
     momentum_buffer = shard.state["momentum_buffer"]
@@ -49,7 +52,8 @@ def muon_step(
             momentum=options[group].momentum,
             nesterov=options[group].nesterov,
         )
-    done = set()
+    bucket.split.begin(update)
+    done: set[int] = set()
     for tensor, matrix in exchange.gather(update):
         member = ownership.members[tensor]
         if present[member]:
@@ -61,6 +65,7 @@ def muon_step(
                 raise
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
+    done |= bucket.split.finish(update, _split_jobs(bucket, present, options))
     _check_all_done(bucket, present, done)
     for group, _, start, stop in runs:
         update_rules.apply_(
@@ -106,6 +111,49 @@ def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:
     )
     rows, cols = matrix.shape[-2:]
     return polar.mul_(update_rules.adjust_lr_factor(options.adjust_lr_fn, rows, cols))
+
+
+def check_splits(bucket: Bucket, options: Sequence[GroupOptions]) -> None:
+    """Refuse hyperparameters with which the split matrices could not be computed.
+
+    To be called on every rank, before anything is sent or changed.
+
+    Args:
+        bucket: Any bucket.
+        options: Of each parameter group.
+
+    Raises:
+        TypeError: if the coefficients are of a wrong type, naming the matrix.
+        ValueError: if they are out of range, or too steep for one Gram matrix; likewise.
+    """
+    if bucket.split is not None:
+        _split_jobs(bucket, [True] * len(bucket.spec.parameters), options)
+
+
+def _split_jobs(
+    bucket: Bucket, present: Sequence[bool], options: Sequence[GroupOptions]
+) -> dict[int, SplitJob]:
+    """What to do with each split matrix that has a gradient, by index in the layout."""
+    ownership = bucket.spec.ownership
+    assert ownership is not None, "a Muon bucket has owners"
+    assert bucket.split is not None, "a Muon bucket has an exchange for split matrices"
+    jobs = {}
+    for split in ownership.splits:
+        member, spec = ownership.members[split.matrix], ownership.layout.specs[split.matrix]
+        chosen = options[bucket.spec.groups[member]]
+        device = bucket.shard.master.device
+        try:
+            halves = check_parts(
+                chosen.ns_coefficients, chosen.ns_steps, bucket.split.dtype, device
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{spec.name} is split over {len(split.ranks)} ranks: {error}"
+            ) from None
+        if present[member]:
+            factor = update_rules.adjust_lr_factor(chosen.adjust_lr_fn, *spec.shape)
+            jobs[split.matrix] = SplitJob(halves, factor)
+    return jobs
 
 
 def _check_all_done(bucket: Bucket, present: Sequence[bool], done: set[int]) -> None:

@@ -24,7 +24,7 @@ FLOORS = (
     ("plan", "choice", "group_check"),
     # Above this line rooms may communicate.
     ("collectives",),
-    ("agreement", "dcp", "exchange", "shard"),
+    ("agreement", "dcp", "exchange", "shard", "split_exchange"),
     ("buckets",),
     ("desync", "reducer", "state_part", "steps"),
     ("state_io",),
