@@ -1,6 +1,7 @@
 """Balance, movement and padding of each layout on the shapes of real models. Integers only.
 
     python benchmarks/balance.py             # the table of docs/sharding.md, as Markdown
+    python benchmarks/balance.py --splits    # costly matrices shared by up to 4 ranks
     python benchmarks/balance.py --scale     # one trillion parameters on 10,000 ranks: time, memory
 
 Only Muon's matrices are counted: embeddings, heads and norms are AdamW's and cut anywhere.
@@ -17,8 +18,11 @@ from dataclasses import dataclass
 from distmuon.choice import predict
 from distmuon.cost import default_cost_model
 from distmuon.layout import LayoutKind, TensorSpec
+from distmuon.options import MAX_SPLIT
 from distmuon.ownership import assign
 from distmuon.plan import build_plan
+from distmuon.split_plan import moved_pieces
+from distmuon.splits import Sharing, packed_numel
 
 WORLD_SIZES = (8, 64, 512, 2048)
 LAYOUTS: tuple[LayoutKind, ...] = ("flat", "aligned")
@@ -121,6 +125,40 @@ def print_table(models: Sequence[str], world_sizes: Sequence[int]) -> None:
                 print(row(model, specs, world_size, layout), flush=True)
 
 
+def print_splits(models: Sequence[str], world_sizes: Sequence[int]) -> None:
+    """Print what sharing costly matrices does to balance and bytes."""
+    print(
+        "| model | ranks | split | slowest over fair share, whole | split | over own mean | "
+        "fp32 matrices sent whole | split | planned in s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    model = default_cost_model("cuda")
+    for name in models:
+        specs = MODELS[name]()
+        numel = sum(spec.numel for spec in specs)
+        for world_size in world_sizes:
+            whole = assign(specs, world_size)
+            start = time.perf_counter()
+            shared = whole.with_splits(model, Sharing(MAX_SPLIT))
+            seconds = time.perf_counter() - start
+            fair = sum(whole.loads(model)) / world_size
+            loads = shared.loads(model)
+            pieces, small = 0, 0
+            for split in shared.splits:
+                spec = shared.layout.specs[split.matrix]
+                pieces += sum(moved for _, _, moved in moved_pieces(shared.layout, split))
+                small += 3 * packed_numel(min(spec.shape)) * (len(split.ranks) - 1)
+            sent = 2 * (sum(shared.traffic()[0]) + pieces) + small
+            ways = sorted({len(split.ranks) for split in shared.splits})
+            print(
+                f"| {name} | {world_size:,} | {len(shared.splits)} by {ways} | "
+                f"{max(whole.loads(model)) / fair:.2f} | {max(loads) / fair:.2f} | "
+                f"{max(loads) * world_size / sum(loads):.2f} | "
+                f"{2 * sum(whole.traffic()[0]) / numel:.2f} | {sent / numel:.2f} | {seconds:.2f} |",
+                flush=True,
+            )
+
+
 def print_scale(world_size: int) -> None:
     """Plan the largest model on many ranks: all owners, one rank's transfers."""
     for stacked in (False, True):
@@ -144,8 +182,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ranks", nargs="*", type=int, default=list(WORLD_SIZES))
     parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--splits", action="store_true")
     arguments = parser.parse_args()
-    if arguments.scale:
+    if arguments.splits:
+        print_splits(arguments.models, arguments.ranks)
+    elif arguments.scale:
         print_scale(10_000)
     else:
         print_table(arguments.models, arguments.ranks)

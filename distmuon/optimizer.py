@@ -16,18 +16,11 @@ from distmuon.cost import CostModel
 from distmuon.engine import Engine
 from distmuon.group_check import merge_groups, read_group, refuse_grad_scaler
 from distmuon.layout import LayoutChoice
-from distmuon.options import (
-    MissingGrad,
-    NonFinite,
-    NsDtype,
-    Policy,
-    Reduce,
-    SplitDtype,
-    StateDictKind,
-)
+from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan
 from distmuon.report import Report, make_report
+from distmuon.splits import SplitDtype
 from distmuon.state_io import StateKeeper, key_by_name
 from distmuon.state_part import StateByParameter
 from distmuon.update_rules import AdjustLrFn
@@ -99,8 +92,7 @@ class Muon(torch.optim.Optimizer):
             layout: "flat" cuts equal shards and moves what drifted over a border; "aligned" moves
                 nothing and pads the shards; "auto" predicts the faster one (`plan[i].reason`).
             cost_model: Rates to plan with; None for the defaults of the device.
-            max_split: Most ranks, up to 4, that may share a matrix of more than a fair share of the
-                work. Its update then agrees with one process's to rounding, not to the bit.
+            max_split: Most ranks, up to 4, that may share one costly matrix, bits of it then differ.
             split_dtype: Dtype of such matrices' Gram matrices and transforms (docs/numerics.md).
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
                 DistributedDataParallel does. "hook": a DDP hook sends each rank only its range

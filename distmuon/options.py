@@ -12,7 +12,7 @@ import torch
 from distmuon.cost import CostModel
 from distmuon.layout import LayoutChoice, LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
-from distmuon.splits import Sharing
+from distmuon.splits import Sharing, SplitDtype
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
 Algorithm = Literal["muon", "adamw"]
@@ -21,7 +21,6 @@ Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip"]
 MissingGrad = Literal["raise", "zero"]
 StateDictKind = Literal["whole", "sharded"]
-SplitDtype = Literal["float32", "float64"]
 NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 # Past four parts a matrix of a transformer sends more than its pieces would.

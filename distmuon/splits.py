@@ -16,7 +16,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from distmuon.layout import Layout
 
@@ -24,6 +24,8 @@ from distmuon.layout import Layout
 _PANEL = 32
 # Newton-Schulz steps that costs are counted for; only ratios matter.
 _STEPS = 5
+
+SplitDtype = Literal["float32", "float64"]
 
 
 class Sharing(NamedTuple):

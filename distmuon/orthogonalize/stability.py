@@ -147,7 +147,7 @@ def halves(schedule: Schedule, *, gram: Arithmetic, products: Arithmetic) -> Hal
             raise ValueError(
                 f"Invalid coefficients for a split matrix: schedule {schedule.name!r} would "
                 f"amplify the rounding errors of a {precision} Gram matrix past the result. Use "
-                "ns_dtype='float64', a schedule with smaller slopes, or split no matrix."
+                "split_dtype='float64', a schedule with smaller slopes, or split no matrix."
             )
     coefficients = schedule.coefficients
     return Halves(schedule, coefficients[:cut], coefficients[cut:])

@@ -171,7 +171,7 @@ def test_panels_cover_the_lower_triangle(m: int) -> None:
 @settings(max_examples=5, deadline=None)
 @given(st.integers(1000, 10000), st.integers(2, 4))
 def test_ten_thousand_ranks_share_costly_matrices(world_size: int, most: int) -> None:
-    chosen: list[tuple[int, ...]] = [(24, 56)] * 3000 + [(64, 4096)] * 60
+    chosen: Sequence[tuple[int, ...]] = [(24, 56)] * 3000 + [(64, 4096)] * 60
     ownership = owned(chosen, world_size, most)
     whole = max(owned(chosen, world_size, 1).loads(MODEL))
     assert max(ownership.loads(MODEL)) < whole
