@@ -187,7 +187,7 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
     plan = spec.plan(rank, policy.wave_numel)
     if plan is None:
         return Bucket(spec, shard, None, None, None)
-    split = SplitExchange(plan.split, communicator, getattr(torch, policy.split_dtype))
+    split = SplitExchange(plan, communicator, getattr(torch, policy.split_dtype))
     return Bucket(spec, shard, plan, Exchange(plan, communicator), split)
 
 

@@ -82,8 +82,7 @@ class Muon(torch.optim.Optimizer):
             nesterov: Whether to look ahead.
             ns_coefficients: A preset's name or numbers. "p5" leaves singular values in
                 [0.98, 1.01], torch.optim.Muon's "keller" in [0.68, 1.20].
-            eps: Offset of AdamW's denominator. Newton-Schulz needs none: a zero matrix gives a
-                zero update, and scale does not matter.
+            eps: Offset of AdamW's denominator. Newton-Schulz needs none: scale does not matter.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
             ns_dtype: Dtype of the Newton-Schulz products; None: fp32 on CPUs.
@@ -92,12 +91,11 @@ class Muon(torch.optim.Optimizer):
             layout: "flat" cuts equal shards and moves what drifted over a border; "aligned" moves
                 nothing and pads the shards; "auto" predicts the faster one (`plan[i].reason`).
             cost_model: Rates to plan with; None for the defaults of the device.
-            max_split: Most ranks, up to 4, that may share one costly matrix, bits of it then differ.
+            max_split: Most ranks, up to 4, that may share one costly matrix (docs/sharding.md).
             split_dtype: Dtype of such matrices' Gram matrices and transforms (docs/numerics.md).
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
                 DistributedDataParallel does. "hook": a DDP hook sends each rank only its range
-                (call `attach(ddp_model)`). "owned": no DDP, the optimizer's own hooks
-                (call `attach(model)`).
+                (call `attach(ddp_model)`). "owned": no DDP, own hooks (call `attach(model)`).
             nonfinite: What a NaN or infinity in any rank's gradient does: "raise" on every rank,
                 or "skip" the step on every rank. Nothing has been changed in either case.
             max_skips: How many steps in a row may be skipped before it raises.

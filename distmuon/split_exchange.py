@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distmuon.collectives import Communicator, Pending
+from distmuon.failure import Topic
 from distmuon.orthogonalize.parts import (
     PartGram,
     Transform,
@@ -22,7 +23,8 @@ from distmuon.orthogonalize.parts import (
     part_gram,
 )
 from distmuon.orthogonalize.stability import Halves
-from distmuon.split_plan import Block, MessageKind, Part, Route, SplitPlan, SplitWave
+from distmuon.plan import ExchangePlan
+from distmuon.split_plan import Block, MessageKind, Part, Route, SplitWave
 from distmuon.splits import packed_panels
 
 
@@ -45,15 +47,17 @@ class SplitExchange:
         dtype: Of the Gram matrices and their transforms.
     """
 
-    def __init__(self, plan: SplitPlan, communicator: Communicator, dtype: torch.dtype) -> None:
-        """Prepare to run a plan.
+    def __init__(self, plan: ExchangePlan, communicator: Communicator, dtype: torch.dtype) -> None:
+        """Prepare to run a plan's split matrices.
 
         Args:
             plan: This rank's plan.
             communicator: The group it was made for.
             dtype: Of the Gram matrices and their transforms, float32 or float64.
         """
-        self._plan = plan
+        self._plan = plan.split
+        names = [spec.name for spec in plan.ownership.layout.specs]
+        self._names = [_matrices(wave, names) for wave in plan.split.waves]
         self._communicator = communicator
         self.dtype = dtype
         self._arriving: Pending | None = None
@@ -65,7 +69,7 @@ class SplitExchange:
             update: [shard_numel], this rank's pieces of everything that is to be orthogonalized.
         """
         if self._plan.waves:
-            self._arriving = self._fetch(self._plan.waves[0], update)
+            self._arriving = self._fetch(0, update)
 
     def finish(self, update: Tensor, jobs: Mapping[int, SplitJob]) -> set[int]:
         """Orthogonalize all split matrices.
@@ -86,13 +90,13 @@ class SplitExchange:
             fetched = self._arriving.wait()
             slices = self._assemble(wave, fetched, update)
             last = index + 1 == len(waves)
-            self._arriving = None if last else self._fetch(waves[index + 1], update)
+            self._arriving = None if last else self._fetch(index + 1, update)
             grams = {
                 part.split.matrix: part_gram(_wide(part, slices), dtype=self.dtype)
                 for part in wave.parts
                 if part.split.matrix in jobs
             }
-            transforms = self._transforms(wave, grams, jobs, update.device)
+            transforms = self._transforms(index, grams, jobs, update.device)
             for part in wave.parts:
                 matrix = part.split.matrix
                 if matrix in jobs:
@@ -102,17 +106,18 @@ class SplitExchange:
                         done.add(matrix)
             if returning is not None:
                 self._deliver(*returning, update)
-            returning = wave, self._return(wave, fetched, slices, update)
+            returning = wave, self._return(index, fetched, slices, update)
         if returning is not None:
             self._deliver(*returning, update)
         return done
 
-    def _fetch(self, wave: SplitWave, update: Tensor) -> Pending:
+    def _fetch(self, index: int, update: Tensor) -> Pending:
+        wave = self._plan.waves[index]
         send = update.new_empty(_total(wave.outgoing))
         for block in wave.outgoing:
             _in_message(block, send).copy_(_in_shard(block, update))
         to, source = self._block_counts(wave)
-        return self._communicator.exchange(send, to, source, kind="gather")
+        return self._communicator.exchange(send, to, source, topic=self._topic("gather", index))
 
     def _assemble(self, wave: SplitWave, fetched: Tensor, update: Tensor) -> dict[int, Tensor]:
         """The slices of this rank's parts, as they are stored, by matrix."""
@@ -124,14 +129,16 @@ class SplitExchange:
         return slices
 
     def _return(
-        self, wave: SplitWave, fetched: Tensor, slices: Mapping[int, Tensor], update: Tensor
+        self, index: int, fetched: Tensor, slices: Mapping[int, Tensor], update: Tensor
     ) -> Pending:
+        wave = self._plan.waves[index]
         for block in wave.kept:
             _in_shard(block, update).copy_(_in_slice(block, slices))
         for block in wave.incoming:
             _in_message(block, fetched).copy_(_in_slice(block, slices))
         to, source = self._block_counts(wave)
-        return self._communicator.exchange(fetched, source, to, kind="scatter")
+        topic = self._topic("scatter", index)
+        return self._communicator.exchange(fetched, source, to, topic=topic)
 
     def _deliver(self, wave: SplitWave, pending: Pending, update: Tensor) -> None:
         received = pending.wait()
@@ -140,13 +147,14 @@ class SplitExchange:
 
     def _transforms(
         self,
-        wave: SplitWave,
+        index: int,
         grams: Mapping[int, PartGram],
         jobs: Mapping[int, SplitJob],
         device: torch.device,
     ) -> dict[int, Transform]:
         """Every part's Gram matrix to its owner, and the owner's transform to every part."""
-        collected = self._collect(wave, grams, device)
+        wave = self._plan.waves[index]
+        collected = self._collect(index, grams, device)
         transforms: dict[int, Transform] = {}
         for part in wave.parts:
             matrix, ranks = part.split.matrix, part.split.ranks
@@ -158,18 +166,19 @@ class SplitExchange:
                     [largest for _, largest in summands],
                     jobs[matrix].halves,
                 )
-        return self._distribute(wave, transforms, jobs, device)
+        return self._distribute(index, transforms, jobs, device)
 
     def _collect(
-        self, wave: SplitWave, grams: Mapping[int, PartGram], device: torch.device
+        self, index: int, grams: Mapping[int, PartGram], device: torch.device
     ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """Gram matrices and their scales, by matrix and rank, for the matrices owned here."""
+        wave, topic = self._plan.waves[index], self._topic("gram", index)
         send = self._buffer(wave.to_owners, "gram", device)
         for part, message in _messages(wave.to_owners, "gram", send):
             gram = grams.get(part.split.matrix)
             if gram is not None:
                 _pack([gram.gram], gram.largest, message)
-        received = self._exchange(send, wave.to_owners, wave.to_parts, "gram")
+        received = self._exchange(send, wave.to_owners, wave.to_parts, "gram", topic)
         found = {(m, self._plan.rank): (each.gram, each.largest) for m, each in grams.items()}
         messages = _messages(wave.to_parts, "gram", received)
         for route, (part, message) in zip(wave.to_parts, messages, strict=True):
@@ -180,18 +189,19 @@ class SplitExchange:
 
     def _distribute(
         self,
-        wave: SplitWave,
+        index: int,
         transforms: Mapping[int, Transform],
         jobs: Mapping[int, SplitJob],
         device: torch.device,
     ) -> dict[int, Transform]:
         """Transforms by matrix, for every part here."""
+        wave, topic = self._plan.waves[index], self._topic("transform", index)
         send = self._buffer(wave.to_parts, "transform", device)
         for part, message in _messages(wave.to_parts, "transform", send):
             transform = transforms.get(part.split.matrix)
             if transform is not None:
                 _pack([transform.first, transform.second], transform.largest, message)
-        received = self._exchange(send, wave.to_parts, wave.to_owners, "transform")
+        received = self._exchange(send, wave.to_parts, wave.to_owners, "transform", topic)
         found = dict(transforms)
         for part, message in _messages(wave.to_owners, "transform", received):
             if part.split.matrix in jobs:
@@ -205,13 +215,21 @@ class SplitExchange:
         return torch.zeros(numel, dtype=self.dtype, device=device)
 
     def _exchange(
-        self, send: Tensor, to: Sequence[Route], source: Sequence[Route], kind: MessageKind
+        self,
+        send: Tensor,
+        to: Sequence[Route],
+        source: Sequence[Route],
+        kind: MessageKind,
+        topic: Topic,
     ) -> Tensor:
         counts = [[0] * self._communicator.world_size for _ in range(2)]
         for routes, each in zip((to, source), counts, strict=True):
             for route in routes:
                 each[route.peer] += route.part.message_numel(kind)
-        return self._communicator.exchange(send, *counts, kind=kind).wait()
+        return self._communicator.exchange(send, *counts, topic=topic).wait()
+
+    def _topic(self, phase: str, index: int) -> Topic:
+        return Topic(phase, index, self._names[index])
 
     def _block_counts(self, wave: SplitWave) -> tuple[list[int], list[int]]:
         counts = [[0] * self._communicator.world_size for _ in range(2)]
@@ -219,6 +237,13 @@ class SplitExchange:
             for block in blocks:
                 each[block.peer] += block.numel
         return counts[0], counts[1]
+
+
+def _matrices(wave: SplitWave, names: Sequence[str]) -> tuple[str, ...]:
+    """Matrices of a wave that this rank holds or needs something of."""
+    found = {block.matrix for block in (*wave.outgoing, *wave.incoming)}
+    found |= {part.split.matrix for part in wave.parts}
+    return tuple(names[matrix] for matrix in sorted(found))
 
 
 def _messages(
