@@ -88,16 +88,16 @@ class Policy:
         TypeError: for a value of the wrong type.
     """
 
-    reduce: Reduce
-    nonfinite: NonFinite
-    max_skips: int
-    missing_grad: MissingGrad
-    wave_bytes: int
-    check_desync_every: int
-    layout: LayoutChoice
-    cost_model: CostModel | None
-    max_split: int
-    split_dtype: SplitDtype
+    reduce: Reduce = "ddp"
+    nonfinite: NonFinite = "raise"
+    max_skips: int = 10
+    missing_grad: MissingGrad = "raise"
+    wave_bytes: int = 64 * 2**20
+    check_desync_every: int = 0
+    layout: LayoutChoice = "flat"
+    cost_model: CostModel | None = None
+    max_split: int = 1
+    split_dtype: SplitDtype = "float32"
 
     def __post_init__(self) -> None:
         """Check every value."""

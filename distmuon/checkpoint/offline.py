@@ -31,6 +31,7 @@ from distmuon.checkpoint.manifest import (
     read_manifest,
 )
 from distmuon.checkpoint.parts import Part
+from distmuon.options import Policy
 
 Contents = Literal["all", "model", "optimizer"]
 TorchOptimizer = Literal["muon", "adamw"]
@@ -256,7 +257,7 @@ def _specify(manifest: Manifest, world_size: int) -> list[BucketSpec]:
         parameter = torch.empty(entry.shape, dtype=dtype_of(entry.dtype), device="meta")
         names[parameter] = name
         groups[entry.group]["params"].append(parameter)
-    return specify(groups, names, world_size, "flat")
+    return specify(groups, names, world_size, Policy())
 
 
 def _cut(reader: Reader, manifest: Manifest, specs: list[BucketSpec], rank: int) -> Part:
