@@ -339,7 +339,8 @@ class Muon(torch.optim.Optimizer):
             RuntimeError: over several ranks, each of which holds a part, unless this rank has just
                 received the whole from `consolidate_state_dict`.
         """
-        return self._pack(self._keeper.to_save(self._specify()))
+        reference = self._keeper.reference()
+        return reference or self._pack(self._keeper.to_save(self._specify()))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,6 +355,8 @@ class Muon(torch.optim.Optimizer):
             ValueError: for other groups, hyperparameters out of range, or state that is partial,
                 foreign or misshaped, naming the parameter; nothing has been changed then.
         """
+        if self._keeper.follows(state_dict):
+            return
         merged = merge_groups(self.param_groups, self._names, state_dict["param_groups"])
         specs = self._specify()
         saved = self._keeper.check(specs, self.param_groups, merged, state_dict["state"])

@@ -26,6 +26,8 @@ from distmuon.state_part import (
     wanted_state,
 )
 
+REFERENCE = "distmuon_state_in"
+
 
 class StateKeeper:
     """The optimizer's state as dictionaries: whole or in handles, before and after the first step.
@@ -54,6 +56,8 @@ class StateKeeper:
         self._buckets: Sequence[Bucket] = ()
         self._gathered: StateByParameter | None = None
         self._gathered_to: int | None = None
+        self._saved_in: str | None = None
+        self._loaded_from: str | None = None
 
     def open(self, buckets: Sequence[Bucket]) -> None:
         """Give the buckets what was loaded before the first step; from now on theirs is the state.
@@ -114,8 +118,56 @@ class StateKeeper:
         self._gathered = state if self._communicator.rank == to else None
 
     def forget_gathered(self) -> None:
-        """What was gathered is no longer the state."""
+        """What was gathered, or lies in a folder, is no longer the state."""
         self._gathered, self._gathered_to = None, None
+        self._saved_in, self._loaded_from = None, None
+
+    def saved_in(self, folder: str) -> None:
+        """Let `state_dict` refer to a folder until the next step.
+
+        For frameworks that write `state_dict()` to a file of their own, beside that folder.
+
+        Args:
+            folder: Where `distmuon.checkpoint` has just put the state.
+        """
+        self._saved_in = folder
+
+    def loaded_from(self, folder: str) -> None:
+        """Let `load_state_dict` take a reference to a folder, once.
+
+        Args:
+            folder: From which `distmuon.checkpoint` has just loaded the state.
+        """
+        self._loaded_from = folder
+
+    def reference(self) -> dict[str, Any] | None:
+        """What `state_dict` returns while the state is elsewhere; None while it is here.
+
+        It has no parameter groups, so every torch optimizer refuses it; ours asks `follows`.
+        """
+        if self._saved_in is None:
+            return None
+        return {"state": {}, "param_groups": [], REFERENCE: self._saved_in}
+
+    def follows(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a dictionary only refers to state that has just been loaded.
+
+        Args:
+            saved: From `state_dict`.
+
+        Raises:
+            ValueError: if it refers to state that has not been loaded.
+        """
+        if REFERENCE not in saved:
+            return False
+        if saved[REFERENCE] != self._loaded_from:
+            raise ValueError(
+                "This file has no optimizer state; it is beside it in the folder "
+                f"{saved[REFERENCE]!r} and has not been loaded. Load the way it was saved: after "
+                "distmuon.adapters.accelerate.attach(accelerator, optimizer), or with MuonTrainer."
+            )
+        self._loaded_from = None
+        return True
 
     def to_save(self, specs: Sequence[BucketSpec]) -> StateByParameter:
         """State of every parameter, whole or in handles. Never a collective.
@@ -152,7 +204,10 @@ class StateKeeper:
             "consolidate_state_dict(to=0) on every rank after the step, then state_dict() on rank "
             "0 alone. Or let every rank write its part: give sharded_state_dict() to "
             "torch.distributed.checkpoint.save, or build the optimizer with "
-            'state_dict_kind="sharded" for a framework that calls state_dict() itself.'
+            'state_dict_kind="sharded" for a framework that calls state_dict() itself. Under '
+            "Accelerate call distmuon.adapters.accelerate.attach(accelerator, optimizer) once, "
+            "before save_state; with the Hugging Face Trainer use "
+            "distmuon.adapters.transformers.MuonTrainer."
         )
 
     def sharded(self, specs: Sequence[BucketSpec]) -> StateByParameter:

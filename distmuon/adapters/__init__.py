@@ -1,0 +1,1 @@
+"""distmuon under other frameworks; each module imports its own framework only."""
