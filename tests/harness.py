@@ -219,12 +219,12 @@ def _context() -> multiprocessing.context.ForkServerContext:
     Importing torch anew takes several seconds for each rank. The server itself never computes, so
     it has one thread and no OpenMP pool when it forks, and no rank can inherit a held lock.
     `torch._dynamo` is there because the first `torch.optim.Optimizer` of a process imports it, and
-    torch.distributed.checkpoint because it takes a second.
+    the others because they take seconds; what is not installed is passed over.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "pytest"]
-    )
+    modules = ["torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "pytest"]
+    frameworks = ["accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama"]
+    context.set_forkserver_preload([*modules, *frameworks])
     return context
 
 

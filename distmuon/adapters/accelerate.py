@@ -81,7 +81,7 @@ def save_state(folder: Path, muon: Muon) -> None:
         muon: The optimizer.
     """
     checkpoint.save(folder, muon)
-    muon._keeper.keep_in(folder.name)
+    muon._keeper.saved_in(folder.name)
 
 
 def load_state(folder: Path, muon: Muon) -> None:
@@ -94,7 +94,7 @@ def load_state(folder: Path, muon: Muon) -> None:
     # Without the folder it is one process's ordinary file, or load_state_dict says what is missing.
     if folder.is_dir():
         checkpoint.load(folder, muon)
-        muon._keeper.keep_in(folder.name)
+        muon._keeper.loaded_from(folder.name)
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> Muon:
@@ -181,7 +181,7 @@ def _clip(
     trained = {key for key, parameter in given.items() if parameter.requires_grad}
     if trained != mine or norm_type != 2:
         raise ValueError(
-            "The averaged gradients are clipped together: pass model.parameters(), all of them, and "
+            "Averaged gradients are clipped together: pass model.parameters(), all of them, and "
             "norm_type=2."
         )
     return muon.clip_grad_norm_(max_norm)

@@ -1,0 +1,133 @@
+"""The Hugging Face Trainer with Muon.
+
+    trainer = MuonTrainer(model=model, args=args, train_dataset=data)
+    trainer.train(resume_from_checkpoint=True)
+
+takes lr and weight decay from the training arguments. With a Trainer class of your own, put the
+mixin before it: `class MyMuonTrainer(MuonTrainerMixin, MyTrainer)`. Options of `Muon` are passed as
+the Trainer passes any optimizer's: `optimizer_cls_and_kwargs=(MuonFactory, {"reduce": "hook"})`.
+
+The plain Trainer asks rank 0 alone for the optimizer's state when it saves. No rank has all of it,
+so that raises; the mixin saves each rank's part to `<checkpoint>/distmuon`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+from typing_extensions import override
+
+from distmuon import Muon, build_param_groups
+from distmuon.adapters.accelerate import FOLDER, attach, load_state, save_state, unwrap
+from distmuon.param_groups import Decay
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(
+        "distmuon.adapters.transformers needs transformers and accelerate: "
+        "pip install 'distmuon[hf]'."
+    ) from error
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _AnyTrainer
+else:
+    _AnyTrainer = object
+
+
+class MuonFactory:
+    """What `Trainer(optimizer_cls_and_kwargs=(MuonFactory, {...}))` builds the optimizer with."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.1,
+        decay: Decay = "weights",
+        overrides: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Muon:
+        """Route the model's parameters and shard their state over all processes.
+
+        Args:
+            model: The Trainer's, before it is wrapped.
+            lr: Learning rate; `MuonTrainer` fills in `TrainingArguments.learning_rate`.
+            weight_decay: As for `build_param_groups`; `MuonTrainer` fills in the arguments'.
+            decay: As for `build_param_groups`.
+            overrides: As for `build_param_groups`.
+            **options: As for `Muon`.
+
+        Raises:
+            ValueError: as `build_param_groups` and `Muon`; if nothing is for Muon, says why.
+        """
+        groups = build_param_groups(
+            model, weight_decay=weight_decay, decay=decay, overrides=overrides
+        )
+        if not any(group["algorithm"] == "muon" for group in groups):
+            reasons = Counter(reason for group in groups for reason in group["reasons"])
+            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            raise ValueError(
+                f"No trainable parameter is for Muon: {listed}. Train matrices themselves, as with "
+                "PEFT's modules_to_save, route some with overrides=, or use AdamW."
+            )
+        if "process_group" not in options and dist.is_available() and dist.is_initialized():
+            options["process_group"] = dist.group.WORLD
+        return Muon(groups, lr=lr, weight_decay=weight_decay, **options)
+
+
+class MuonTrainerMixin(_AnyTrainer):
+    """Put before a Trainer class: creates, saves, resumes, clips and accumulates with Muon."""
+
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
+    _attached: Muon | None = None
+
+    @override
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Build Muon, lr and weight decay from the training arguments if the factory got none.
+
+        Args:
+            model: As in the Trainer.
+        """
+        factory, options = self.optimizer_cls_and_kwargs or (MuonFactory, {})
+        if factory is MuonFactory:
+            filled = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer_cls_and_kwargs = (MuonFactory, {**filled, **options})
+        return super().create_optimizer(model)
+
+    @override
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_for_training(*args, **kwargs)
+        muon = unwrap(self.optimizer)
+        if self._attached is not muon:  # train() may be called again
+            attach(self.accelerator, self.optimizer, self.model_wrapped)
+            self._attached = muon
+        return result
+
+    @override
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / FOLDER, unwrap(self.optimizer))
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            # The Trainer would go on without either of them, and without a word.
+            for name in ("optimizer.pt", "scheduler.pt"):
+                if not (Path(checkpoint) / name).is_file():
+                    raise FileNotFoundError(
+                        f"{checkpoint} has no {name}, so training cannot be resumed from it. Was "
+                        "it saved with save_only_model=True? Start a new training from its weights "
+                        "with from_pretrained()."
+                    )
+            load_state(Path(checkpoint) / FOLDER, unwrap(self.optimizer))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class MuonTrainer(MuonTrainerMixin, Trainer):
+    """`transformers.Trainer` with Muon."""
