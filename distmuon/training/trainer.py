@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon.training.config import Config, check_batch
 from distmuon.training.data import Corpus, read_windows, train_starts, val_starts
+from distmuon.training.engines import Engine, build_engine
 from distmuon.training.model import Transformer
 from distmuon.training.optimizers import build_optimizer, build_schedule
 from distmuon.training.world import World
@@ -53,7 +53,7 @@ class Trainer:
         world: this rank.
         corpus: the text.
         model: the bare model.
-        wrapped: the model that averages gradients over the ranks in backward.
+        engine: runs the passes, clipping and updates.
         optimizer: Muon or AdamW.
         schedule: of its learning rates.
     """
@@ -62,7 +62,7 @@ class Trainer:
     world: World
     corpus: Corpus
     model: Transformer
-    wrapped: nn.Module
+    engine: Engine
     optimizer: Optimizer
     schedule: LambdaLR
 
@@ -75,11 +75,10 @@ class Trainer:
         Raises:
             NonFiniteError: on all ranks, before the weights are touched.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.zero_grad()
         loss = self.forward_backward(step)
         config = self.config.train
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-        grad_norm = float(norm)
+        grad_norm = float(self.engine.clip(config.clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(
                 f"Step {step + 1}: loss {loss}, gradient norm {grad_norm} on rank "
@@ -88,10 +87,10 @@ class Trainer:
             )
         lr = self.schedule.get_last_lr()[0]
         began = time.perf_counter()
-        self.optimizer.step()
+        self.engine.update()
         self.world.synchronize()
         optimizer_s = time.perf_counter() - began
-        self.schedule.step()
+        self.engine.advance()
         return StepResult(loss=loss, grad_norm=grad_norm, lr=float(lr), optimizer_s=optimizer_s)
 
     def forward_backward(self, step: int) -> float:
@@ -100,10 +99,10 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, starts in enumerate(self._rank_starts(step)):
             inputs, targets = self._windows(self.corpus.train, starts)
-            with self._averaging("now" if number == passes - 1 else "later"):
-                loss = self._loss(self.wrapped, inputs, targets) / passes
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            with self.engine.micro_batch("last" if number == passes - 1 else "more"):
+                loss = self._loss(self.engine.wrapped, inputs, targets)
+                self.engine.backward(loss)
+            total += loss.detach() / passes
         return self.world.sum([float(total)])[0] / self.world.size
 
     def _rank_starts(self, step: int) -> list[list[int]]:
@@ -119,13 +118,6 @@ class Trainer:
         )
         mine = starts[self.world.rank * size * train.accumulation :]
         return [mine[size * index : size * (index + 1)] for index in range(train.accumulation)]
-
-    def _averaging(self, when: str) -> AbstractContextManager[None]:
-        """Let DDP average gradients only in the last backward pass of a step."""
-        if when == "later" and isinstance(self.wrapped, DistributedDataParallel):
-            waiting: AbstractContextManager[None] = self.wrapped.no_sync()
-            return waiting
-        return nullcontext()
 
     def _windows(self, text: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
         inputs, targets = read_windows(text, starts, self.config.data.context)
@@ -164,10 +156,7 @@ def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
     check_batch(config.train, world.size)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, context=config.data.context).to(world.device)
-    wrapped: nn.Module = model
-    if world.group is not None:
-        devices = [world.device] if world.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, process_group=world.group)
     optimizer = build_optimizer(model, config.optimizer, world)
-    schedule = build_schedule(optimizer, config.train)
-    return Trainer(config, world, corpus, model, wrapped, optimizer, schedule)
+    scheduled = partial(build_schedule, config=config.train)
+    engine, schedule = build_engine(config, world, model, optimizer, scheduled)
+    return Trainer(config, world, corpus, model, engine, optimizer, schedule)
