@@ -107,7 +107,7 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     """
     for key in group:
         close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
-        if key not in _KEYS and close:
+        if key not in (*_KEYS, *_SCHEDULER_KEYS) and close:
             raise ValueError(f"Unknown {key=} in group {index}. Did you mean {close[0]!r}?")
     options = read_options(group, index)
     try:
@@ -208,6 +208,9 @@ _KEYS = (
     "eps",
     "reasons",
 )
+
+# What torch's OneCycleLR and CyclicLR keep in the groups; their names resemble ours.
+_SCHEDULER_KEYS = ("base_momentum", "max_momentum", "initial_lr", "max_lr", "min_lr")
 
 
 def _saved_keys(

@@ -124,4 +124,4 @@ def run_page(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_page(Path(sys.argv[1]))
+    run_page(Path(sys.argv.pop(1)))  # a page's program sees no arguments

@@ -97,6 +97,16 @@ def test_schedulers_drive_each_group() -> None:
     assert torch.equal(bias, before[1])
 
 
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_keys_that_schedulers_add_survive_a_round_trip(name: str) -> None:
+    optimizer = Muon([nn.Parameter(torch.ones(4, 3))])
+    rates = {"OneCycleLR": {"total_steps": 5}, "CyclicLR": {"base_lr": 0.1}}[name]
+    getattr(torch.optim.lr_scheduler, name)(optimizer, max_lr=0.5, **rates)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["max_momentum"] == saved["param_groups"][0]["max_momentum"]
+
+
 def test_a_stack_of_matrices_is_a_loop_over_them() -> None:
     (stack,) = parameters((3, 8, 6))
     singles = [nn.Parameter(stack.data[i].clone()) for i in range(3)]
