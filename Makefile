@@ -83,8 +83,8 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@echo "Installing the test tools into $(VENV)"
-	@$(PIP) -c constraints.txt --no-build-isolation --editable '.[train,dev]'
+	@echo "Installing the test tools, Accelerate and transformers into $(VENV)"
+	@$(PIP) -c constraints.txt --no-build-isolation --editable '.[train,hf,dev]'
 	@touch $@
 
 # Its one declared dependency no longer exists, hence --no-deps. Without it the run says so and
