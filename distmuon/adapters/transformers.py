@@ -102,6 +102,10 @@ class MuonTrainerMixin(_AnyTrainer):
 
     @override
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model_wrapped is self.model:
+            # evaluate() before train() leaves the bare model marked as prepared; Accelerate would
+            # then not wrap it, and every process would train by itself.
+            self.model._is_accelerate_prepared = False
         result = super()._prepare_for_training(*args, **kwargs)
         muon = unwrap(self.optimizer)
         if self._attached is not muon:  # train() may be called again

@@ -91,6 +91,8 @@ def train(
         eval_dataset=make_data()[:8],
         optimizer_cls_and_kwargs=(MuonFactory, options) if options else None,
     )
+    if resume is not None:
+        trainer.evaluate()  # the plain Trainer would then train without DistributedDataParallel
     trainer.train(resume_from_checkpoint=resume)
     logs = [line for line in trainer.state.log_history if "grad_norm" in line]
     return Trained(
