@@ -268,6 +268,35 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks(rank: int, tmp_pat
             assert "File too large" in message
 
 
+def peak_memory(folder: Path) -> tuple[float, float, float]:
+    shape = (1024, 4096)
+    parameters = [(f"m{i}", nn.Parameter(torch.zeros(shape))) for i in range(10)]
+    optimizer = Muon(parameters, process_group=_group())
+    (bucket,) = optimizer.open()
+    bucket.shard.state["momentum_buffer"].fill_(1.0)
+    checkpoint.save(folder / "first", optimizer)  # what is imported lazily does not count
+    extra = []
+    for name in ("sync", "async"):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _memory("VmRSS")
+        pending = checkpoint.save(folder / name, optimizer, async_save=name == "async")
+        pending.wait()
+        extra.append(_memory("VmHWM") - before)
+    return bucket.shard.state_bytes / 2**20, extra[0], extra[1]
+
+
+def _memory(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def test_saving_needs_no_second_shard_and_async_just_one(tmp_path: Path) -> None:
+    for shard, sync, behind in run_ranks(2, peak_memory, tmp_path):
+        assert shard == pytest.approx(80)
+        assert sync < shard / 4, "MiB"
+        assert behind < shard + 64, "MiB"
+
+
 def keep_two(folder: Path) -> None:
     _, optimizer = build(torch.float32, _group(), seed=1)
     for step in (1, 2, 9, 10):
