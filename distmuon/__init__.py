@@ -2,6 +2,7 @@
 
 from distmuon.cost import CostModel
 from distmuon.failure import RankFailure
+from distmuon.grad_scaler import GradScaler
 from distmuon.optimizer import Muon
 from distmuon.orthogonalize import orthogonalize
 from distmuon.param_groups import build_param_groups
@@ -10,6 +11,7 @@ from distmuon.version import __version__
 
 __all__ = [
     "CostModel",
+    "GradScaler",
     "Muon",
     "RankFailure",
     "Report",

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.failure import LIMIT_S, RankFailure, RollCall, Topic, Verdict, explain, within
+from distmuon.phases import PhaseClock
 
 Payload = TypeVar("Payload")
 
 _OLD_ALL_GATHER = "all_gather_into_tensor"
+_PUBLISH = Topic("publish")
 _PROBE_TAG = 1_000_003  # nobody else's
 
 
@@ -56,7 +58,8 @@ class Pending:
         Raises:
             RankFailure: if it cannot arrive any more.
         """
-        with self._communicator.guarded(self._topic):
+        communicator, topic = self._communicator, self._topic
+        with communicator.clock(f"{topic.phase} wait"), communicator.guarded(topic):
             for work in self._works:
                 if work is not None:
                     work.wait()
@@ -73,6 +76,7 @@ class Communicator:
 
     Attributes:
         step: Number of the step that is being made, from 1, for error messages.
+        clock: Measures how long messages are waited for.
         rank: Rank within the group.
         world_size: Ranks in the group.
         bytes_sent: Payload bytes this rank has sent to other ranks so far, per kind. Collectives
@@ -99,6 +103,7 @@ class Communicator:
         self.world_size = 1 if process_group is None else process_group.size()
         self.bytes_sent: Counter[str] = Counter()
         self.step = 0
+        self.clock = PhaseClock()
         self._topic = Topic("setup")
 
     @contextmanager
@@ -220,6 +225,8 @@ class Communicator:
         Returns:
             A message in flight; its result is [sum(receive_counts)], packed by source rank.
         """
+        if self.world_size == 1:
+            return Pending(self, topic, send, [])
         received = send.new_empty(sum(receive_counts))
         with self.guarded(topic):
             work = dist.all_to_all_single(
@@ -234,7 +241,7 @@ class Communicator:
         self.bytes_sent[topic.phase] += others * send.element_size()
         return Pending(self, topic, received, [work], keep=send)
 
-    def publish(self, flat: Tensor, *, topic: Topic) -> Pending:
+    def publish(self, flat: Tensor, *, topic: Topic = _PUBLISH) -> Pending:
         """Start an all-gather of equal shards, in place.
 
         Args:

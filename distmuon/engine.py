@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.collectives import Communicator
 from distmuon.desync import check_desync
 from distmuon.failure import RankFailure, Topic
-from distmuon.gradients import GradientNorms, GradientSource, gradient_norms, make_source
+from distmuon.gradients import GradientSource, make_source
+from distmuon.norms import GradientNorms, gradient_norms
 from distmuon.options import GroupOptions, Policy, read_options
+from distmuon.phases import make_clock
+from distmuon.relayout import carry_state
 from distmuon.steps import adamw_step, check_splits, muon_step
 from distmuon.version import __version__
 
@@ -34,6 +38,7 @@ class Engine:
         calls: Matrices this rank has orthogonalized, summed over the steps.
         expected: Owned matrices that had a gradient, summed over the steps.
         norms: Of the gradients at the last clipping.
+        clock: Times the phases of a step, if the policy says so.
     """
 
     def __init__(
@@ -66,7 +71,64 @@ class Engine:
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
         self.steps = self.skipped = self.calls = self.expected = self._skipped_in_a_row = 0
         self._averages_unchecked = policy.reduce == "ddp"
+        self._attached = False
+        self._weights_unchecked = True
+        self._inspected = False  # whether a GradScaler has looked at the averaged gradients
+        self._sizes = [len(group["params"]) for group in groups]
         communicator.step = 1
+        self.clock = make_clock(policy.profile, self.buckets[0].shard.master.device)
+        communicator.clock = self.clock
+
+    def take_over(self, before: Engine) -> None:
+        """Go on with the state and the counts of an engine with another layout. A collective.
+
+        Args:
+            before: The engine so far; of no more use afterwards.
+        """
+        before.source.clear()
+        carry_state(before.buckets, self.buckets, self._communicator)
+        for name in ("steps", "skipped", "calls", "expected", "norms", "_skipped_in_a_row"):
+            setattr(self, name, getattr(before, name))
+        self._communicator.step = self.steps + 1
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the source register with a model. A collective.
+
+        Args:
+            model: The model whose gradients are averaged.
+
+        Raises:
+            ValueError: if there is nothing to attach.
+            RuntimeError: if a model is attached already.
+        """
+        if self._policy.reduce == "ddp":
+            raise ValueError(
+                'reduce="ddp" takes gradients that are averaged already, so there is nothing to '
+                'attach. Use Muon(..., reduce="hook") or reduce="owned".'
+            )
+        if self._attached:
+            raise RuntimeError("A model is attached already. Build a new optimizer for another.")
+        self.source.attach(model)
+        self._attached = True
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which gradients accumulate and are not sent.
+
+        Raises:
+            RuntimeError: if the gradients are not the optimizer's to send.
+        """
+        if self._policy.reduce == "owned" and self._communicator.world_size == 1:
+            return nullcontext()
+        self._require_model()
+        return self.source.no_sync()
+
+    def _require_model(self) -> None:
+        needs_model = self._policy.reduce != "ddp" and self._communicator.world_size > 1
+        if needs_model and not self._attached:
+            raise RuntimeError(
+                f'reduce="{self._policy.reduce}" averages the gradients itself: call '
+                "attach(model) once, before the first backward pass."
+            )
 
     def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Update every parameter that has a gradient, on all ranks together.
@@ -103,10 +165,10 @@ class Engine:
         for bucket, update in zip(self.buckets, ready.updates, strict=True):
             active = [next(agreed) for _ in bucket.spec.parameters]
             if bucket.spec.algorithm == "muon":
-                self.calls += muon_step(bucket, update, active, ready.options)
+                self.calls += muon_step(bucket, update, active, ready.options, self.clock)
                 self.expected += sum(active[i] for i in bucket.owned)
             else:
-                adamw_step(bucket, update, active, ready.options)
+                adamw_step(bucket, update, active, ready.options, self.clock)
             published.append(bucket.shard.publish(self._communicator))
         for message in published:
             message.wait()
@@ -115,10 +177,11 @@ class Engine:
         # Before the update: publishing it overwrites what other ranks hold of each range. At the
         # first step always: without DDP nobody has given the ranks the same weights.
         every = self._policy.check_desync_every
-        first = self.steps == self.skipped == 0
-        if self._communicator.world_size > 1 and (first or (every and self.steps % every == 0)):
+        due = self._weights_unchecked or (every and self.steps % every == 0)
+        if self._communicator.world_size > 1 and due:
             with self._communicator.during(Topic("desync")):
                 check_desync(self._communicator, self.buckets, self.steps)
+            self._weights_unchecked = False
 
     def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> _Ready:
         present = [has for row in self.source.present() for has in row]
@@ -127,19 +190,79 @@ class Engine:
         nonfinite, problem = None, None
         # What goes wrong on this rank alone is kept until all ranks can raise together.
         try:
+            self._refuse_other_groups(groups)
             options = [read_options(group, index) for index, group in enumerate(groups)]
             for bucket in self.buckets:
                 bucket.shard.adopt()
                 check_splits(bucket, options)
-            updates = self.source.read()
-            found = (b.shard.first_nonfinite(u) for b, u in zip(self.buckets, updates, strict=True))
-            nonfinite = next((name for name in found if name is not None), None)
+            with self.clock("read"):
+                updates = self.source.read()
+                rows = zip(self.buckets, updates, strict=True)
+                found = (bucket.shard.first_nonfinite(update) for bucket, update in rows)
+                nonfinite = next((name for name in found if name is not None), None)
         except RankFailure:
             raise
         except Exception as error:
             problem = error
         described = "; ".join(option.describe() for option in options)
         return _Ready(options, updates, agreement.Finding(present, nonfinite, described, problem))
+
+    def _refuse_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self._sizes:
+            raise RuntimeError(
+                f"The groups have {sizes} parameters now, and {self._sizes} when they were laid "
+                "out over the ranks. Call refresh() on every rank after add_param_group()."
+            )
+
+    def unscale(self, factor: float) -> bool:
+        """Multiply the averaged gradients, and look for a NaN or an infinity. A collective.
+
+        Args:
+            factor: One over the loss scale; 1 only looks.
+
+        Returns:
+            Whether any rank has found one, the same on every rank.
+        """
+        self.source.present()  # sends what is still to be sent
+        if factor != 1.0:
+            self.source.scale_(factor)
+        rows = zip(self.buckets, self.source.read(), strict=True)
+        found = any(bucket.shard.first_nonfinite(grad) is not None for bucket, grad in rows)
+        with self._communicator.during(Topic("unscale", None, self._names)):
+            total = self._communicator.add_up([int(found)], self.buckets[0].shard.master.device)
+        self._inspected = True
+        return total[0] > 0
+
+    def settle_scale(
+        self, found_inf: Tensor | float, grad_scale: Tensor | None
+    ) -> Literal["step", "skip"]:
+        """Do what a GradScaler asks for at `step`.
+
+        Args:
+            found_inf: Not 0 if there was a NaN or an infinity.
+            grad_scale: The loss scale; None if the gradients have been unscaled.
+
+        Returns:
+            Whether to step. A skipped step's gradients are forgotten.
+
+        Raises:
+            RuntimeError: if the scaler has looked at `p.grad` instead of the averages.
+        """
+        if not self._inspected:
+            raise RuntimeError(
+                "torch's GradScalers unscale and inspect p.grad, but with this reduce= mode the "
+                "averaged gradients are elsewhere: they would stay scaled, and each rank would "
+                "have a scale of its own. Use distmuon.GradScaler, which takes the same arguments."
+            )
+        self._inspected = False
+        if float(found_inf) > 0:
+            self.source.clear()
+            self.skipped += 1
+            return "skip"
+        if grad_scale is not None:
+            self.source.scale_(1.0 / float(grad_scale))
+        return "step"
 
     def clip(self, max_norm: float) -> Tensor:
         """Measure the averaged gradients and scale them down if need be. A collective.
@@ -164,8 +287,9 @@ class Engine:
             The engine itself.
 
         Raises:
-            RuntimeError: on every rank, naming the first parameter.
+            RuntimeError: on every rank, naming the first parameter; or if no model is attached.
         """
+        self._require_model()
         # Not at opening: loading a checkpoint opens before there are gradients.
         if self._communicator.world_size > 1 and self._averages_unchecked:
             parameters = [p for bucket in self.buckets for p in bucket.spec.parameters]
@@ -177,7 +301,8 @@ class Engine:
 
     def _agree(self, ready: _Ready) -> agreement.Verdict:
         try:
-            with self._communicator.during(Topic("agree", None, self._names)):
+            topic = Topic("agree", None, self._names)
+            with self.clock("agree"), self._communicator.during(topic):
                 return agreement.agree(
                     self._communicator,
                     self._names,

@@ -8,12 +8,11 @@ same, freeing each gradient as it is sent.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +33,16 @@ class GradientSource:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         """Read from the parameters of these buckets."""
         self._buckets = buckets
+        self._frozen: list[tuple[str, Tensor]] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Register with a model; nothing to do where the gradients are averaged already."""
+        """Register with a model: here only note what is frozen.
+
+        Raises:
+            ValueError: if model and optimizer do not train the same parameters.
+        """
+        _require_same_parameters(model, self._buckets)
+        self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which gradients accumulate and are not sent.
@@ -54,8 +60,22 @@ class GradientSource:
         return [[p.grad is not None for p in bucket.spec.parameters] for bucket in self._buckets]
 
     def read(self) -> list[Tensor]:
-        """The averaged gradients of this rank's range, [shard_numel] for each bucket."""
+        """The averaged gradients of this rank's range, [shard_numel] for each bucket.
+
+        Raises:
+            RuntimeError: if a parameter of the attached model is trainable only now.
+        """
+        self._refuse_unfrozen()
         return [bucket.shard.read_grad() for bucket in self._buckets]
+
+    def _refuse_unfrozen(self) -> None:
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"{name} was frozen at attach() and is trainable now, but nobody averages its "
+                    "gradient or updates it. Freeze it, or call add_param_group(), refresh() and "
+                    "attach() on every rank."
+                )
 
     def scale_(self, factor: float) -> None:
         """Multiply the averaged gradients by a factor before they are read."""
@@ -66,43 +86,6 @@ class GradientSource:
 
     def clear(self) -> None:
         """Forget what was received for this step; `p.grad` belongs to the user."""
-
-
-class GradientNorms(NamedTuple):
-    """Norms of the averaged gradients before clipping, over all parameters of a rule.
-
-    Attributes:
-        total: Of all parameters.
-        muon: Of those that Muon updates.
-        adamw: Of those that AdamW updates.
-    """
-
-    total: float
-    muon: float
-    adamw: float
-
-
-def gradient_norms(
-    source: GradientSource, buckets: Sequence[Bucket], communicator: Communicator
-) -> GradientNorms:
-    """Euclidean norms over all ranks' ranges, summed in fp64. A collective.
-
-    Args:
-        source: Where the gradients are.
-        buckets: What they belong to.
-        communicator: The group.
-
-    Returns:
-        The norms, equal on every rank.
-    """
-    source.present()  # sends what is still to be sent
-    squares = {"muon": 0.0, "adamw": 0.0}
-    for bucket, grad in zip(buckets, source.read(), strict=True):
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        squares[bucket.spec.algorithm] += float(norm) ** 2
-    device = buckets[0].shard.master.device
-    muon, adamw = communicator.add_up_reals([squares["muon"], squares["adamw"]], device)
-    return GradientNorms(math.sqrt(muon + adamw), math.sqrt(muon), math.sqrt(adamw))
 
 
 def make_source(
@@ -136,7 +119,12 @@ class _ReducedGradients(GradientSource):
 
     @override
     def read(self) -> list[Tensor]:
-        """The received averages of this rank's range."""
+        """The received averages of this rank's range.
+
+        Raises:
+            RuntimeError: if a parameter of the attached model is trainable only now.
+        """
+        self._refuse_unfrozen()
         return self._reducer.finish()
 
     @override
@@ -180,7 +168,7 @@ class HookGradients(_ReducedGradients):
                 "DistributedDataParallel and the optimizer have different process groups, so their "
                 "averages would differ. Give both the same process_group."
             )
-        _require_same_parameters(model, self._buckets)
+        super().attach(model)
         method = weakref.WeakMethod(self._on_gradient)
         for parameter in (p for bucket in self._buckets for p in bucket.spec.parameters):
             parameter.register_post_accumulate_grad_hook(partial(_call, method))  # type: ignore[no-untyped-call]
@@ -265,7 +253,7 @@ class OwnedGradients(_ReducedGradients):
                 'reduce="owned" replaces DistributedDataParallel. Attach the bare module, or use '
                 'reduce="hook".'
             )
-        _require_same_parameters(model, self._buckets)
+        super().attach(model)
         for bucket in self._buckets:
             self._communicator.broadcast(bucket.shard.flat)
         for buffer in model.buffers():

@@ -36,15 +36,7 @@ def read_group(
     entries = list_parameters(group, index)
     named = name_parameters(entries, index)
     check_group({**defaults, **group, "params": named}, index)
-    merged = dict(names)
-    for name, parameter in named:
-        if parameter in merged:
-            raise ValueError(
-                f"{name} is already in the optimizer as {merged[parameter]}. Every parameter "
-                "must be in exactly one group, once; a tied weight is one parameter."
-            )
-        merged[parameter] = name
-    return entries, merged
+    return entries, join_names(names, named)
 
 
 def list_parameters(group: Mapping[str, Any], index: int) -> list[Any]:
@@ -176,21 +168,71 @@ def canonical_name(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
 
 
-def refuse_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse loss scaling where the scaler cannot see the gradients that are used.
+def require_muon(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups without any parameter for Muon.
 
     Args:
-        optimizer: One that asks scalers to show themselves (`_step_supports_amp_scaling`).
+        groups: `param_groups`.
 
     Raises:
-        RuntimeError: if a GradScaler calls its step.
+        ValueError: if there is none.
     """
-    if getattr(optimizer, "found_inf", None) is not None:
-        raise RuntimeError(
-            "A GradScaler unscales and inspects p.grad, but with this reduce= mode the averaged "
-            "gradients are elsewhere: they would stay scaled. Train in bfloat16 without a scaler, "
-            'or use reduce="ddp".'
+    if not any(group["params"] for group in groups if group["algorithm"] == "muon"):
+        raise ValueError(
+            'No parameter is routed to Muon: every group is empty or has algorithm="adamw". '
+            "Use torch.optim.AdamW if that is meant, or give at least one group of matrices "
+            'algorithm="muon".'
         )
+
+
+def join_names(known: Mapping[Tensor, str], named: Sequence[tuple[str, Tensor]]) -> dict[Any, str]:
+    """The names of known parameters and of new ones.
+
+    Args:
+        known: FQN of each parameter so far.
+        named: (name, parameter) pairs to add.
+
+    Returns:
+        FQN of each parameter, the new ones last.
+
+    Raises:
+        ValueError: if a parameter is there already.
+    """
+    names = dict(known)
+    for name, parameter in named:
+        if parameter in names:
+            raise ValueError(
+                f"{name} is already in the optimizer as {names[parameter]}. Every parameter "
+                "must be in exactly one group, once; a tied weight is one parameter."
+            )
+        names[parameter] = name
+    return names
+
+
+def recheck_groups(
+    groups: Sequence[Mapping[str, Any]], known: Mapping[Tensor, str]
+) -> dict[Any, str]:
+    """Check groups that may have been changed by hand.
+
+    Args:
+        groups: `param_groups`.
+        known: FQN of each parameter that came by the constructor or `add_param_group`.
+
+    Returns:
+        FQN of each parameter in the groups; one without a name is called after its place.
+
+    Raises:
+        ValueError: as `check_group`, `join_names` and `require_muon`.
+        TypeError: as `check_group`.
+    """
+    names: dict[Any, str] = {}
+    for index, group in enumerate(groups):
+        entries = [(known[p], p) if p in known else p for p in group["params"]]
+        named = name_parameters(entries, index)
+        check_group({**group, "params": named}, index)
+        names = join_names(names, named)
+    require_muon(groups)
+    return names
 
 
 _KEYS = (

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distmuon import group_check
 from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
 from distmuon.engine import Engine
-from distmuon.group_check import merge_groups, read_group, refuse_grad_scaler
 from distmuon.layout import LayoutChoice
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
 from distmuon.orthogonalize.coefficients import Coefficients
+from distmuon.phases import Profile
 from distmuon.plan import ExchangePlan
 from distmuon.report import Report, make_report
 from distmuon.splits import SplitDtype
@@ -69,6 +70,7 @@ class Muon(torch.optim.Optimizer):
         wave_bytes: int = 64 * 2**20,
         check_desync_every: int = 0,
         state_dict_kind: StateDictKind = "whole",
+        profile: Profile = "off",
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -105,21 +107,22 @@ class Muon(torch.optim.Optimizer):
                 so many updates, and name the ranks that differ; 0 only before the first.
             state_dict_kind: What `state_dict` returns: "whole" tensors, or what
                 `sharded_state_dict` does, for frameworks on torch.distributed.checkpoint.
+            profile: "phases" times the phases of a step for `report()`.
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        placing = layout, cost_model, max_split, split_dtype
+        last = layout, cost_model, max_split, split_dtype, profile
         self._policy = Policy(
-            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *placing
+            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *last
         )
-        self._step_supports_amp_scaling = reduce != "ddp"  # a GradScaler shows itself to step()
         self._communicator = Communicator(process_group)
+        # Where p.grad is not what is used, a GradScaler has to show itself to step().
+        self._step_supports_amp_scaling = reduce != "ddp" and self._communicator.world_size > 1
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None
-        self._attached = False
         self._keeper = StateKeeper(self._communicator, state_dict_kind)
         defaults: dict[str, Any] = {
             "algorithm": "muon",
@@ -135,36 +138,45 @@ class Muon(torch.optim.Optimizer):
             "betas": betas,
         }
         super().__init__(params, defaults)
-        if not any(g["params"] for g in self.param_groups if g["algorithm"] == "muon"):
-            raise ValueError(
-                'No parameter is routed to Muon: every group is empty or has algorithm="adamw". '
-                "Use torch.optim.AdamW if that is meant, or give at least one group of matrices "
-                'algorithm="muon".'
-            )
+        group_check.require_muon(self.param_groups)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check a group and add it; allowed until the first step.
+        """Check a group and add it; after the first step it takes a `refresh` on every rank.
 
         Args:
             param_group: As in torch.optim, with the optional keys of the constructor.
 
         Raises:
-            RuntimeError: after the first step, when the plan is fixed.
             ValueError: as the constructor.
             TypeError: as the constructor.
         """
-        if self._engine is not None:
-            raise RuntimeError(
-                "The parameters are already laid out over the ranks. Add parameter groups before "
-                "the first step(), or build a new optimizer."
-            )
         index = len(self.param_groups)
-        entries, names = read_group(param_group, index, self.defaults, self._names)
+        entries, names = group_check.read_group(param_group, index, self.defaults, self._names)
         group = {key: value for key, value in param_group.items() if key != "reasons"}
         super().add_param_group({**group, "params": entries})
         self._names = names
         self._keeper.mark(self.state, self.param_groups)
+
+    def refresh(self) -> None:
+        """Lay the parameters out anew after the groups have changed. A collective.
+
+        Parameters that stay keep their state bit by bit, new ones start from zero, and those in no
+        group any more are forgotten. Call it between a step and the next backward pass, and then,
+        with "hook" or "owned", `attach` the model again (for "hook" in a new DDP).
+
+        Raises:
+            RuntimeError: on every rank, if the ranks' groups differ; nothing has been changed then.
+            ValueError: as the constructor, and so TypeError.
+        """
+        self._names = group_check.recheck_groups(self.param_groups, self._names)
+        before, self._engine = self._engine, None
+        try:
+            if before is not None:
+                self._open().take_over(before)
+        finally:
+            self._engine = self._engine or before
+        self._keeper.forget_gathered()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -184,18 +196,21 @@ class Muon(torch.optim.Optimizer):
             The closure's result, or None.
 
         Raises:
-            RuntimeError: if ranks disagree about their setup or gradients, no parameter has a
-                gradient, or a matrix that had one was not orthogonalized.
+            RuntimeError: if ranks disagree or no gradient exists; `RankFailure` if a rank is lost.
             FloatingPointError: if a gradient is not finite; nothing has been changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        refuse_grad_scaler(self)
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self._keeper.forget_gathered()
-        self._ready().step(self.param_groups)
+        engine = self._ready()
+        # A GradScaler sets both around its step().
+        found_inf, scale = (getattr(self, key, None) for key in ("found_inf", "grad_scale"))
+        if found_inf is None or engine.settle_scale(found_inf, scale) == "step":
+            engine.step(self.param_groups)
         return loss
+
+    def unscale_(self, factor: float) -> bool:
+        """For `GradScaler`: multiply the averaged gradients. A collective; `Engine.unscale`."""
+        return self._ready().unscale(factor)
 
     def attach(self, model: nn.Module) -> None:
         """Let the optimizer average a model's gradients, from now on. A collective.
@@ -210,15 +225,7 @@ class Muon(torch.optim.Optimizer):
             ValueError: if `reduce="ddp"`, where there is nothing to attach.
             TypeError: if the model has the wrong wrapper.
         """
-        if self._policy.reduce == "ddp":
-            raise ValueError(
-                'reduce="ddp" takes gradients that are averaged already, so there is nothing to '
-                'attach. Use Muon(..., reduce="hook") or reduce="owned".'
-            )
-        if self._attached:
-            raise RuntimeError("A model is attached already. Build a new optimizer for another.")
-        self._open().source.attach(model)
-        self._attached = True
+        self._open().attach(model)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients without sending them, for all micro-batches but the last.
@@ -229,11 +236,7 @@ class Muon(torch.optim.Optimizer):
         Raises:
             RuntimeError: if the gradients are not the optimizer's to send.
         """
-        if self._policy.reduce == "owned" and self._communicator.world_size == 1:
-            return nullcontext()
-        if self._engine is None:
-            raise RuntimeError("Call attach(model) once, before the first backward pass.")
-        return self._engine.source.no_sync()
+        return self._open().no_sync()
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -357,7 +360,8 @@ class Muon(torch.optim.Optimizer):
         """
         if self._keeper.follows(state_dict):
             return
-        merged = merge_groups(self.param_groups, self._names, state_dict["param_groups"])
+        groups = state_dict["param_groups"]
+        merged = group_check.merge_groups(self.param_groups, self._names, groups)
         specs = self._specify()
         saved = self._keeper.check(specs, self.param_groups, merged, state_dict["state"])
         # torch's own loading of state would cast momentum to the parameters' dtype.
@@ -378,12 +382,6 @@ class Muon(torch.optim.Optimizer):
         return specify(self.param_groups, self._names, self._communicator.world_size, self._policy)
 
     def _ready(self) -> Engine:
-        needs_model = self._policy.reduce != "ddp" and self._communicator.world_size > 1
-        if needs_model and not self._attached:
-            raise RuntimeError(
-                f'reduce="{self._policy.reduce}" averages the gradients itself: call '
-                "attach(model) once, before the first backward pass."
-            )
         return self._open().check_averaged()
 
     def _open(self) -> Engine:

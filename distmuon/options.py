@@ -12,6 +12,7 @@ import torch
 from distmuon.cost import CostModel
 from distmuon.layout import LayoutChoice, LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
+from distmuon.phases import Profile
 from distmuon.splits import Sharing, SplitDtype
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
@@ -82,6 +83,7 @@ class Policy:
         cost_model: What work and messages cost; None for the defaults of the device.
         max_split: Most ranks that may share one matrix; 1 for none.
         split_dtype: Dtype of the Gram matrices and transforms of shared matrices.
+        profile: Whether the phases of a step are timed: "off" or "phases".
 
     Raises:
         ValueError: for a value out of range.
@@ -98,6 +100,7 @@ class Policy:
     cost_model: CostModel | None = None
     max_split: int = 1
     split_dtype: SplitDtype = "float32"
+    profile: Profile = "off"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -107,6 +110,7 @@ class Policy:
             ("missing_grad", get_args(MissingGrad)),
             ("layout", (*get_args(LayoutKind), "auto")),
             ("split_dtype", get_args(SplitDtype)),
+            ("profile", get_args(Profile)),
         ):
             value = getattr(self, key)
             if value not in allowed:

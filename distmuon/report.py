@@ -10,7 +10,7 @@ from typing_extensions import override
 from distmuon.buckets import BucketSpec
 from distmuon.collectives import Communicator
 from distmuon.engine import Engine
-from distmuon.gradients import GradientNorms
+from distmuon.norms import GradientNorms
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,10 @@ class Report:
             step, "consolidate" of state.
         gradient_norms: Before the last clipping, Muon's and AdamW's apart; NaN before the first
             clipping, None before the first step.
+        seconds: Time of each phase so far on this rank, with profile="phases": "read" gradients
+            and look for infinities, "reduce wait", "agree", "momentum", "gather wait",
+            "newton-schulz", "scatter wait", "apply", "adamw", "publish wait". On CUDA the stream's
+            time, for which `report` waits.
         state_bytes: Optimizer state on this rank, fp32 master weights included.
         muon_parameters: Elements updated by Muon in the whole model.
         adamw_parameters: Elements updated by AdamW in the whole model.
@@ -47,6 +51,7 @@ class Report:
     newton_schulz_expected: int
     bytes_sent: Mapping[str, int]
     gradient_norms: GradientNorms | None
+    seconds: Mapping[str, float]
     state_bytes: int
     muon_parameters: int
     adamw_parameters: int
@@ -90,6 +95,7 @@ def make_report(
         newton_schulz_expected=engine.expected if engine else 0,
         bytes_sent=dict(communicator.bytes_sent),
         gradient_norms=engine.norms if engine else None,
+        seconds=engine.clock.seconds() if engine else {},
         state_bytes=sum(bucket.shard.state_bytes for bucket in engine.buckets) if engine else 0,
         muon_parameters=sum(spec.numel for spec in muon),
         adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),

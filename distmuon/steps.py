@@ -12,6 +12,7 @@ from distmuon.buckets import Bucket
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.parts import check_parts
+from distmuon.phases import PhaseClock
 from distmuon.split_exchange import SplitJob
 
 _DTYPES: dict[NsDtype, torch.dtype] = {
@@ -23,7 +24,11 @@ _DTYPES: dict[NsDtype, torch.dtype] = {
 
 
 def muon_step(
-    bucket: Bucket, update: Tensor, present: Sequence[bool], options: Sequence[GroupOptions]
+    bucket: Bucket,
+    update: Tensor,
+    present: Sequence[bool],
+    options: Sequence[GroupOptions],
+    clock: PhaseClock,
 ) -> int:
     """Update this rank's range of a Muon bucket.
 
@@ -32,6 +37,7 @@ def muon_step(
         update: [shard_numel], this rank's averaged gradients; overwritten.
         present: For each parameter whether it has a gradient; equal on all ranks.
         options: Of each parameter group.
+        clock: Times the phases.
 
     Returns:
         How many matrices this rank orthogonalized.
@@ -45,20 +51,22 @@ def muon_step(
     assert ownership is not None, "a Muon bucket has owners"
     runs = shard.begin_step(present, bucket.spec.groups)
     momentum_buffer = shard.state["momentum_buffer"]
-    for group, _, start, stop in runs:
-        update_rules.momentum_(
-            update[start:stop],
-            momentum_buffer[start:stop],
-            momentum=options[group].momentum,
-            nesterov=options[group].nesterov,
-        )
+    with clock("momentum"):
+        for group, _, start, stop in runs:
+            update_rules.momentum_(
+                update[start:stop],
+                momentum_buffer[start:stop],
+                momentum=options[group].momentum,
+                nesterov=options[group].nesterov,
+            )
     bucket.split.begin(update)
     done: set[int] = set()
     for tensor, matrix in exchange.gather(update):
         member = ownership.members[tensor]
         if present[member]:
             try:
-                value = _orthogonal_update(matrix, options[bucket.spec.groups[member]])
+                with clock("newton-schulz"):
+                    value = _orthogonal_update(matrix, options[bucket.spec.groups[member]])
             except Exception as error:
                 name = ownership.layout.specs[tensor].name
                 error.add_note(f"while orthogonalizing {name} {list(matrix.shape)}")
@@ -67,18 +75,23 @@ def muon_step(
             done.add(tensor)
     done |= bucket.split.finish(update, _split_jobs(bucket, present, options))
     _check_all_done(bucket, present, done)
-    for group, _, start, stop in runs:
-        update_rules.apply_(
-            shard.master[start:stop],
-            update[start:stop],
-            lr=options[group].lr,
-            weight_decay=options[group].weight_decay,
-        )
+    with clock("apply"):
+        for group, _, start, stop in runs:
+            update_rules.apply_(
+                shard.master[start:stop],
+                update[start:stop],
+                lr=options[group].lr,
+                weight_decay=options[group].weight_decay,
+            )
     return len(done)
 
 
 def adamw_step(
-    bucket: Bucket, grad: Tensor, present: Sequence[bool], options: Sequence[GroupOptions]
+    bucket: Bucket,
+    grad: Tensor,
+    present: Sequence[bool],
+    options: Sequence[GroupOptions],
+    clock: PhaseClock,
 ) -> None:
     """Update this rank's range of an AdamW bucket.
 
@@ -87,20 +100,22 @@ def adamw_step(
         grad: [shard_numel], this rank's averaged gradients.
         present: For each parameter whether it has a gradient; equal on all ranks.
         options: Of each parameter group.
+        clock: Times it.
     """
     shard = bucket.shard
-    for group, step, start, stop in shard.begin_step(present, bucket.spec.groups):
-        update_rules.adamw_(
-            shard.master[start:stop],
-            grad[start:stop],
-            shard.state["exp_avg"][start:stop],
-            shard.state["exp_avg_sq"][start:stop],
-            step=step,
-            lr=options[group].lr,
-            betas=options[group].betas,
-            eps=options[group].eps,
-            weight_decay=options[group].weight_decay,
-        )
+    with clock("adamw"):
+        for group, step, start, stop in shard.begin_step(present, bucket.spec.groups):
+            update_rules.adamw_(
+                shard.master[start:stop],
+                grad[start:stop],
+                shard.state["exp_avg"][start:stop],
+                shard.state["exp_avg_sq"][start:stop],
+                step=step,
+                lr=options[group].lr,
+                betas=options[group].betas,
+                eps=options[group].eps,
+                weight_decay=options[group].weight_decay,
+            )
 
 
 def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:

@@ -420,6 +420,22 @@ def test_full_state_from_one_process_is_taken_in_at_any_world_size(world_size: i
     assert_same_bits(run_ranks(world_size, resume, saved, weights), expected)
 
 
+def in_a_subgroup() -> tuple[dict[str, Tensor], Report]:
+    """Two replicas of two shards each: ranks 0 and 2 share one optimizer, 1 and 3 the other."""
+    groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    result, optimizer = train(RAGGED, torch.float32, groups[dist.get_rank() % 2])
+    return result, optimizer.report()
+
+
+def test_i1_a_subgroup_shards_among_its_own_ranks_only() -> None:
+    reference, _ = train(RAGGED, torch.float32, None)
+    outcome = run_ranks(4, in_a_subgroup)
+    assert_same_bits([result for result, _ in outcome], reference)
+    assert [(r.rank, r.world_size) for _, r in outcome] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    for pair in (outcome[0::2], outcome[1::2]):
+        assert sum(report.matrices_owned for _, report in pair) == len(RAGGED)
+
+
 def foreign_group() -> str:
     group = dist.new_group([0])
     if dist.get_rank() == 0:

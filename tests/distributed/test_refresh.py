@@ -1,0 +1,183 @@
+"""Groups that change after the first step: laid out anew, with every bit of state kept."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distmuon import Muon
+from tests.harness import run_ranks
+
+MATRICES = {"wide": (31, 50), "tall": (40, 9), "square": (17, 17)}
+LATE = {"late": (23, 29), "later": (8, 40)}
+VECTORS = {"bias": (23,), "scale": (5,)}
+LATE_VECTORS = {"late_bias": (37,)}
+
+
+def build(dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {**MATRICES, **VECTORS, **LATE, **LATE_VECTORS}
+    return {
+        n: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in shapes.items()
+    }
+
+
+def groups_of(
+    model: dict[str, nn.Parameter], matrices: Any, vectors: Any, **options: Any
+) -> list[dict[str, Any]]:
+    return [
+        {"params": [(n, model[n]) for n in matrices], **options},
+        {"params": [(n, model[n]) for n in vectors], "algorithm": "adamw", **options},
+    ]
+
+
+def give_gradients(model: dict[str, nn.Parameter], step: int, names: Any) -> None:
+    for index, name in enumerate(names):
+        generator = torch.Generator().manual_seed(100 * step + index)
+        gradient = torch.randn(model[name].shape, generator=generator)
+        model[name].grad = gradient.to(model[name].dtype)
+
+
+def train(process_group: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Two steps, two new groups, two more steps."""
+    model = build(dtype)
+    early = [*MATRICES, *VECTORS]
+    groups = groups_of(model, MATRICES, VECTORS)
+    optimizer = Muon(groups, lr=1e-2, process_group=process_group, check_desync_every=1)
+    for step in range(2):
+        give_gradients(model, step, early)
+        optimizer.step()
+    for group in groups_of(model, LATE, LATE_VECTORS, lr=5e-3):
+        optimizer.add_param_group(group)
+    optimizer.refresh()
+    for step in range(2, 4):
+        give_gradients(model, step, [*early, *LATE, *LATE_VECTORS])
+        optimizer.step()
+    assert optimizer.report().steps == 4
+    return {name: p.detach().clone() for name, p in model.items()}
+
+
+def train_apart(dtype: torch.dtype) -> dict[str, Tensor]:
+    """What each half does in an optimizer of its own that never changes."""
+    model = build(dtype)
+    early, late = [*MATRICES, *VECTORS], [*LATE, *LATE_VECTORS]
+    first = Muon(groups_of(model, MATRICES, VECTORS), lr=1e-2)
+    second = Muon(groups_of(model, LATE, LATE_VECTORS), lr=5e-3)
+    for step in range(4):
+        give_gradients(model, step, early + late if step >= 2 else early)
+        first.step()
+        if step >= 2:
+            second.step()
+    return {name: p.detach().clone() for name, p in model.items()}
+
+
+def train_on_rank(dtype: torch.dtype) -> dict[str, Tensor]:
+    return train(dist.group.WORLD, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_i1_refresh_keeps_every_bit_of_state_in_another_layout(
+    world_size: int, dtype: torch.dtype
+) -> None:
+    expected = train_apart(dtype)
+    results = (
+        [train(None, dtype)] if world_size == 1 else run_ranks(world_size, train_on_rank, dtype)
+    )
+    for rank, result in enumerate(results):
+        for name, value in expected.items():
+            assert torch.equal(result[name], value), f"{name} on rank {rank}"
+
+
+Change = Literal["forgotten", "by hand", "one rank", "frozen", "removed", "plan differs"]
+
+
+def change(kind: Change) -> tuple[str, bool]:
+    """Change the groups after a step in some way; what the next step or refresh says."""
+    model = build(torch.float32)
+    optimizer = Muon(groups_of(model, MATRICES, VECTORS), process_group=dist.group.WORLD)
+    give_gradients(model, 0, [*MATRICES, *VECTORS])
+    optimizer.step()
+    before = {name: p.detach().clone() for name, p in model.items()}
+    message = "no error"
+    try:
+        if kind == "forgotten" or (kind == "one rank" and dist.get_rank() == 1):
+            optimizer.add_param_group(groups_of(model, LATE, ())[0])
+        if kind in ("by hand", "removed"):
+            listed = optimizer.param_groups[0]["params"]
+            listed.pop() if kind == "removed" else listed.append(model["late"])
+            optimizer.refresh()
+        if kind == "plan differs":
+            names = list(LATE)[dist.get_rank() :]
+            optimizer.add_param_group(groups_of(model, names, ())[0])
+            optimizer.refresh()
+        if kind == "frozen":
+            model["tall"].requires_grad_(False)
+            optimizer.refresh()
+        give_gradients(model, 1, model)
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        message = f"{type(error).__name__}: {error}"
+    return message, all(torch.equal(model[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("forgotten", "RuntimeError: The groups have [3, 2, 2] parameters now, and [3, 2] when"),
+        ("one rank", "The groups have [3, 2, 2] parameters now, and [3, 2] when"),
+        ("frozen", "ValueError: tall is frozen"),
+        ("plan differs", "do not have the same optimizer as rank 0. First difference"),
+        ("by hand", "no error"),
+        ("removed", "no error"),
+    ],
+)
+def test_changed_groups_are_never_silent(kind: Change, said: str) -> None:
+    for message, unchanged in run_ranks(2, change, kind):
+        assert said in message
+        assert unchanged == (said != "no error"), "nothing was changed before the error"
+
+
+def unfreeze(reduce: Literal["owned", "hook"], then: Literal["step", "refresh"]) -> tuple[str, Any]:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 5, bias=False))
+    model[0].weight.requires_grad_(False)
+    named = list(model.named_parameters())
+    optimizer = Muon(named[1:], lr=0.1, process_group=dist.group.WORLD, reduce=reduce)
+
+    def wrap() -> nn.Module:
+        return nn.parallel.DistributedDataParallel(model) if reduce == "hook" else model
+
+    wrapped = wrap()
+    optimizer.attach(wrapped)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+    wrapped(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = model[0].weight.detach().clone()
+    model[0].weight.requires_grad_(True)
+    try:
+        if then == "refresh":
+            optimizer.add_param_group({"params": named[:1]})
+            optimizer.refresh()
+            wrapped = wrap()
+            optimizer.attach(wrapped)
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), None
+    return "", (torch.equal(before, model[0].weight), model[0].weight.detach().clone())
+
+
+@pytest.mark.parametrize("reduce", ["owned", "hook"])
+def test_a_parameter_unfrozen_later_is_named_and_trains_after_refresh(
+    reduce: Literal["owned", "hook"],
+) -> None:
+    for message, _ in run_ranks(2, unfreeze, reduce, "step"):
+        assert "0.weight was frozen at attach() and is trainable now" in message
+    outcome = run_ranks(2, unfreeze, reduce, "refresh")
+    for message, (unchanged, weight) in outcome:
+        assert message == ""
+        assert not unchanged
+        assert torch.equal(weight, outcome[0][1][1]), "ranks agree"
