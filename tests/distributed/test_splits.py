@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmuon import Muon, Report
+from distmuon import Muon, RankFailure, Report
+from distmuon import optimizer as optimizer_module
 from distmuon.plan import ExchangePlan
-from tests.harness import run_ranks
+from tests.distributed.test_faults import DoomedCommunicator, Fate
+from tests.harness import run_ranks, run_until_lost
 
 STEPS = 5
 Shapes = dict[str, tuple[int, ...]]
@@ -158,3 +160,24 @@ def test_i7_a_schedule_too_steep_for_one_gram_is_refused_on_every_rank() -> None
     assert "tall is split over 2 ranks" in message
     assert "'deepseek_v4' would amplify" in message
     assert unchanged
+
+
+def until_lost(phase: str) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    DoomedCommunicator.fate = Fate(phase, 1)  # in the second step
+    optimizer_module.Communicator = DoomedCommunicator  # type: ignore[misc]
+    try:
+        train(ALONE, dist.group.WORLD, {}, max_split=3)
+    except RankFailure as error:
+        return error.phase, error.missing, error.names
+    return "nothing", (), ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["gram", "transform"])
+def test_i7_a_rank_killed_over_a_shared_matrix_is_named_by_the_others(phase: str) -> None:
+    outcome = run_until_lost(3, until_lost, phase, group_timeout=4.0, timeout=30.0)
+    for rank in (0, 1):
+        told, missing, names = outcome[rank].value
+        assert told == phase
+        assert missing == (2,)
+        assert "tall" in names
