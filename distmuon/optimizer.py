@@ -287,11 +287,7 @@ class Muon(torch.optim.Optimizer):
         return self._names
 
     def open(self, mode: Literal["read", "write"] = "read") -> Sequence[Bucket]:
-        """The live buffers, for checkpoints; allocated as at the first step. A collective.
-
-        Args:
-            mode: "write" if the state will be replaced: what was gathered of it is forgotten.
-        """
+        """The live buffers, made if need be; "write" forgets what was gathered. A collective."""
         if mode == "write":
             self._keeper.forget_gathered()
         return self._open().buckets

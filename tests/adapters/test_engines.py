@@ -18,7 +18,8 @@ pytest.importorskip("omegaconf", reason="needs the extra distmuon[train]")
 from distmuon.training.config import Config, ConfigError
 from distmuon.training.config_file import load_config
 from distmuon.training.data import load_corpus
-from distmuon.training.metrics import read_metrics
+from distmuon.training.metrics import Progress, read_metrics
+from distmuon.training.snapshot import load_snapshot, save_snapshot
 from distmuon.training.trainer import build_trainer
 from distmuon.training.world import World
 from tests.adapters.launched import as_launched
@@ -51,6 +52,27 @@ def test_twenty_steps_have_the_same_losses_norms_and_rates(world_size: int) -> N
     for here, there in zip(native, accelerated, strict=True):
         for mine, theirs in zip(here, there, strict=True):
             assert theirs == pytest.approx(mine, abs=1e-5)
+
+
+def changes_horses(config: Config, under: Config, folder: Path) -> list[tuple[float, float]]:
+    """Losses of steps 6 to 10, native all the way and under Accelerate from a native checkpoint."""
+    as_launched()
+    world = World(dist.get_rank(), 2, torch.device("cpu"), dist.group.WORLD)
+    corpus = load_corpus(config.data)
+    native = build_trainer(config, corpus, world)
+    for step in range(5):
+        native.step(step)
+    save_snapshot(native, Progress(step=5), folder / "step-5", text=corpus.fingerprint())
+    accelerated = build_trainer(under, corpus, world)
+    load_snapshot(accelerated, folder / "step-5")
+    return [(native.step(step).loss, accelerated.step(step).loss) for step in range(5, 10)]
+
+
+def test_a_run_goes_on_under_another_engine(tmp_path: Path) -> None:
+    config = tiny("run.device=cpu")
+    under = replace(config, run=replace(config.run, engine="accelerate"))
+    for pairs in run_ranks(2, changes_horses, config, under, tmp_path):
+        assert all(native == accelerated for native, accelerated in pairs)
 
 
 def adamw_refused(config: Config) -> str:
