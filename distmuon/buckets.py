@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from distmuon.choice import choose
 from distmuon.collectives import Communicator
@@ -18,9 +19,12 @@ from distmuon.layout import Layout, TensorSpec, flat_layout
 from distmuon.options import Algorithm, GroupOptions, Policy
 from distmuon.ownership import Ownership
 from distmuon.plan import ExchangePlan, build_plan, describe
-from distmuon.shard import Shard
+from distmuon.shard import Range, Shard
 from distmuon.split_exchange import SplitExchange
 from distmuon.update_rules import adjust_lr_factor
+
+# A bucket is one of our own unless it says otherwise.
+RangeT_co = TypeVar("RangeT_co", bound=Range, covariant=True, default=Shard)
 
 STATE_NAMES: dict[Algorithm, tuple[str, ...]] = {
     "muon": ("momentum_buffer",),
@@ -93,7 +97,7 @@ class BucketSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class Bucket(Generic[RangeT_co]):
     """A bucket in use: its buffers, and for Muon its exchange.
 
     Attributes:
@@ -105,7 +109,7 @@ class Bucket:
     """
 
     spec: BucketSpec
-    shard: Shard
+    shard: RangeT_co
     plan: ExchangePlan | None
     exchange: Exchange | None
     split: SplitExchange | None

@@ -30,7 +30,84 @@ class Run(NamedTuple):
     stop: int
 
 
-class Shard:
+class Range:
+    """One rank's range of a flat buffer: values in fp32 or wider, and the state beside them.
+
+    The update rules need no more. `Shard` is a range of a buffer of our own; a framework that
+    shards by itself (DeepSpeed's ZeRO) hands over its partition and its layout instead.
+
+    Attributes:
+        layout: Where the parameters lie.
+        segments: The pieces in this range, in order.
+        master: [layout.shard_numel], fp32 or wider; this rank's range of the parameters.
+        state: Named state, each [layout.shard_numel] in the dtype of `master`.
+        steps: How often each parameter has been updated.
+    """
+
+    def __init__(
+        self, layout: Layout, rank: int, master: Tensor, state: Mapping[str, Tensor]
+    ) -> None:
+        """Hold on to a range and its state.
+
+        Args:
+            layout: Where each parameter lies.
+            rank: Whose range of the buffer this is.
+            master: [layout.shard_numel], the values; updated in place.
+            state: What belongs to them; updated in place.
+        """
+        self.layout = layout
+        self.segments = layout.segments(rank)
+        self.steps = [0] * len(layout.specs)
+        self.master = master
+        self.state = dict(state)
+
+    def first_nonfinite(self, grad: Tensor) -> str | None:
+        """Name of the first parameter with a NaN or an infinity in this rank's range.
+
+        Args:
+            grad: [layout.shard_numel], from `read_grad`.
+
+        Returns:
+            Its FQN, or None if all is finite.
+        """
+        # One pass without temporaries: 2 ms for 10.6 M elements, isfinite().all() took 56.
+        # A NaN is both the least and the most.
+        least, most = torch.aminmax(grad)
+        if bool(torch.isfinite(least) & torch.isfinite(most)):
+            return None
+        for segment in self.segments:
+            piece = grad[segment.shard_start :][: segment.numel]
+            if not bool(torch.isfinite(piece).all()):
+                return self.layout.specs[segment.tensor].name
+        raise AssertionError("alignment gaps hold zeros")
+
+    def begin_step(self, present: Sequence[bool], groups: Sequence[int]) -> list[Run]:
+        """Count one more update of the present parameters and say where they lie.
+
+        Args:
+            present: For each parameter whether it is updated.
+            groups: Index of each parameter's group.
+
+        Returns:
+            Runs in shard order. Alignment gaps inside a run are covered: they hold zeros.
+        """
+        self.steps[:] = [step + has for step, has in zip(self.steps, present, strict=True)]
+        merged: list[Run] = []
+        follows = False  # whether the piece before this one belongs to the last run
+        for segment in self.segments:
+            tensor, stop = segment.tensor, segment.shard_start + segment.numel
+            run = Run(groups[tensor], self.steps[tensor], segment.shard_start, stop)
+            if not present[tensor]:
+                follows = False
+            elif follows and merged[-1][:2] == run[:2]:
+                merged[-1] = merged[-1]._replace(stop=stop)
+            else:
+                merged.append(run)
+                follows = True
+        return merged
+
+
+class Shard(Range):
     """The flat buffer of same-dtype parameters and this rank's 1/N of their state.
 
     The parameters become views of the buffer, so that one in-place all-gather publishes them. The
@@ -38,13 +115,9 @@ class Shard:
     master copy for narrower ones.
 
     Attributes:
-        layout: Where the parameters lie.
         parameters: The parameters, in flat order.
         flat: [layout.numel], the parameters' dtype; every parameter is a view of it.
         mine: [layout.shard_numel], this rank's range of `flat`.
-        master: [layout.shard_numel], fp32 or wider; this rank's range of the parameters.
-        state: Named state, each [layout.shard_numel] in the dtype of `master`, zeros at first.
-        steps: How often each parameter has been updated.
     """
 
     def __init__(
@@ -60,13 +133,10 @@ class Shard:
             layout: Where each parameter lies.
             rank: Whose range of the buffer this is.
             parameters: One per `layout.specs` entry, same dtype and device.
-            state_names: Names of the state tensors to allocate.
+            state_names: Names of the state tensors to allocate, zeros at first.
         """
-        self.layout = layout
-        self.parameters = tuple(parameters)
-        self.segments = layout.segments(rank)
-        self.steps = [0] * len(parameters)
         first = parameters[0]
+        self.parameters = tuple(parameters)
         self.flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
         # DLPack gives each view a storage object of its own over the buffer's memory. Whoever takes
         # parameters of one storage for tied would otherwise save the first and drop the others
@@ -77,10 +147,11 @@ class Shard:
         )
         self._topic = Topic("publish", None, tuple(spec.name for spec in layout.specs))
         self.mine = self.flat.view(layout.world_size, -1)[rank]
+        self.layout = layout
         self._adopt_storage()
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        self.master = self.mine.to(dtype)  # shares storage when the dtype is already wide enough
-        self.state = {name: torch.zeros_like(self.master) for name in state_names}
+        # Shares storage when the dtype is already wide enough.
+        master = self.mine.to(torch.promote_types(first.dtype, torch.float32))
+        super().__init__(layout, rank, master, {k: torch.zeros_like(master) for k in state_names})
 
     def adopt(self) -> None:
         """Take in what was done to the parameters from outside since the last step.
@@ -140,51 +211,6 @@ class Shard:
             piece = source.reshape(-1)[segment.tensor_start :][: segment.numel]
             grad[segment.shard_start :][: segment.numel].copy_(piece)
         return grad
-
-    def first_nonfinite(self, grad: Tensor) -> str | None:
-        """Name of the first parameter with a NaN or an infinity in this rank's range.
-
-        Args:
-            grad: [layout.shard_numel], from `read_grad`.
-
-        Returns:
-            Its FQN, or None if all is finite.
-        """
-        # One pass without temporaries: 2 ms for 10.6 M elements, isfinite().all() took 56.
-        # A NaN is both the least and the most.
-        least, most = torch.aminmax(grad)
-        if bool(torch.isfinite(least) & torch.isfinite(most)):
-            return None
-        for segment in self.segments:
-            piece = grad[segment.shard_start :][: segment.numel]
-            if not bool(torch.isfinite(piece).all()):
-                return self.layout.specs[segment.tensor].name
-        raise AssertionError("alignment gaps hold zeros")
-
-    def begin_step(self, present: Sequence[bool], groups: Sequence[int]) -> list[Run]:
-        """Count one more update of the present parameters and say where they lie.
-
-        Args:
-            present: For each parameter whether it is updated.
-            groups: Index of each parameter's group.
-
-        Returns:
-            Runs in shard order. Alignment gaps inside a run are covered: they hold zeros.
-        """
-        self.steps[:] = [step + has for step, has in zip(self.steps, present, strict=True)]
-        merged: list[Run] = []
-        follows = False  # whether the piece before this one belongs to the last run
-        for segment in self.segments:
-            tensor, stop = segment.tensor, segment.shard_start + segment.numel
-            run = Run(groups[tensor], self.steps[tensor], segment.shard_start, stop)
-            if not present[tensor]:
-                follows = False
-            elif follows and merged[-1][:2] == run[:2]:
-                merged[-1] = merged[-1]._replace(stop=stop)
-            else:
-                merged.append(run)
-                follows = True
-        return merged
 
     def publish(self, communicator: Communicator) -> Pending:
         """Start to give every rank the updated parameters.

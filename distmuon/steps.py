@@ -13,6 +13,7 @@ from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.parts import check_parts
 from distmuon.phases import PhaseClock
+from distmuon.shard import Range
 from distmuon.split_exchange import SplitJob
 
 _DTYPES: dict[NsDtype, torch.dtype] = {
@@ -24,7 +25,7 @@ _DTYPES: dict[NsDtype, torch.dtype] = {
 
 
 def muon_step(
-    bucket: Bucket,
+    bucket: Bucket[Range],
     update: Tensor,
     present: Sequence[bool],
     options: Sequence[GroupOptions],
@@ -87,7 +88,7 @@ def muon_step(
 
 
 def adamw_step(
-    bucket: Bucket,
+    bucket: Bucket[Range],
     grad: Tensor,
     present: Sequence[bool],
     options: Sequence[GroupOptions],
@@ -128,7 +129,7 @@ def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:
     return polar.mul_(update_rules.adjust_lr_factor(options.adjust_lr_fn, rows, cols))
 
 
-def check_splits(bucket: Bucket, options: Sequence[GroupOptions]) -> None:
+def check_splits(bucket: Bucket[Range], options: Sequence[GroupOptions]) -> None:
     """Refuse hyperparameters with which the split matrices could not be computed.
 
     To be called on every rank, before anything is sent or changed.
@@ -146,7 +147,7 @@ def check_splits(bucket: Bucket, options: Sequence[GroupOptions]) -> None:
 
 
 def _split_jobs(
-    bucket: Bucket, present: Sequence[bool], options: Sequence[GroupOptions]
+    bucket: Bucket[Range], present: Sequence[bool], options: Sequence[GroupOptions]
 ) -> dict[int, SplitJob]:
     """What to do with each split matrix that has a gradient, by index in the layout."""
     ownership = bucket.spec.ownership
@@ -171,7 +172,7 @@ def _split_jobs(
     return jobs
 
 
-def _check_all_done(bucket: Bucket, present: Sequence[bool], done: set[int]) -> None:
+def _check_all_done(bucket: Bucket[Range], present: Sequence[bool], done: set[int]) -> None:
     # Expected from the owners, done from what the exchange delivered: two sources, so that a
     # matrix which got lost between them cannot go unnoticed.
     assert bucket.plan is not None, "a Muon bucket has a plan"
