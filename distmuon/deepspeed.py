@@ -1,0 +1,12 @@
+"""The DeepSpeed adapter under a short name; see docs/deepspeed.md."""
+
+from distmuon.adapters.deepspeed import (
+    ZeroOrtho,
+    check_config,
+    from_model,
+    load_resharded,
+    register,
+    tag,
+)
+
+__all__ = ["ZeroOrtho", "check_config", "from_model", "load_resharded", "register", "tag"]
