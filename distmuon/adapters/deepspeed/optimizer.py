@@ -14,6 +14,7 @@ from distmuon import Muon, agreement
 from distmuon.adapters.deepspeed.partition import (
     MomentumKey,
     Partition,
+    compare_values,
     find_process_group,
     first_difference,
     new_state,
@@ -308,21 +309,25 @@ class ZeroOrtho(torch.optim.Optimizer):
     def _check(self) -> None:
         """Compare what the ranks have read, before anything is exchanged. A collective."""
         problem = None
+        described: list[tuple[Partition, list[str]]] = []
         try:
             self._read()
-        except ValueError as error:
+            described = [self._describe(group) for group in self._all_groups if self._partitions]
+        except (TypeError, ValueError) as error:
             if not self._communicators:
                 raise  # every rank has the same parameters and configuration
             problem = error
         self.raise_together(problem)
-        for group in self._all_groups if self._replica is None else ():
-            partition = self._partitions[group["index"]]
-            head = f"distmuon {__version__}, torch {torch.__version__}"
-            options = [read_options(group, group["index"])]
-            lines = [head, *partition.bucket.spec.lines(options)]
+        for partition, lines in described:
             agreement.check_same_setup(partition.communicator, lines)
             self.ensure_state(partition)
         self._open = "checked"
+
+    def _describe(self, group: Mapping[str, Any]) -> tuple[Partition, list[str]]:
+        partition = self._partitions[group["index"]]
+        compare_values(partition)
+        lines = partition.bucket.spec.lines([read_options(group, partition.number)])
+        return partition, [f"distmuon {__version__}, torch {torch.__version__}", *lines]
 
     def ensure_state(self, partition: Partition) -> dict[str, Any]:
         """A partition's state, zeros if it has none.

@@ -118,14 +118,13 @@ def refuse_zero3(name: str, parameter: Tensor) -> None:
         )
 
 
-def read_layout(named: Named, flat: Tensor, world_size: int, rank: int) -> tuple[Layout, Named]:
+def read_layout(named: Named, flat: Tensor, world_size: int) -> tuple[Layout, Named]:
     """Read where the parameters of a group lie in its flat buffer.
 
     Args:
         named: The group's parameters as (FQN, parameter), in any order.
         flat: [shard_numel], this rank's fp32 partition.
         world_size: Number of partitions.
-        rank: Whose partition `flat` is.
 
     Returns:
         The layout, and the parameters in its order.
@@ -163,7 +162,6 @@ def read_layout(named: Named, flat: Tensor, world_size: int, rank: int) -> tuple
             f"{world_size} partitions of {flat.numel()} elements do not fit into the flat buffer "
             f"of {held}, which starts with {ordered[0][0]}."
         )
-    _compare_values(layout, ordered, flat, rank)
     return layout, ordered
 
 
@@ -185,7 +183,7 @@ def open_partition(
         ValueError: if parameters and partition do not fit together, saying how.
     """
     rank, algorithm, flat = communicator.rank, group["algorithm"], group["params"][0]
-    layout, ordered = read_layout(named, flat, communicator.world_size, rank)
+    layout, ordered = read_layout(named, flat, communicator.world_size)
     parameters = tuple(parameter for _, parameter in ordered)
     ownership = assign_fixed(layout) if algorithm == "muon" else None
     spec = BucketSpec(algorithm, parameters, (0,) * len(parameters), layout, ownership)
@@ -195,6 +193,32 @@ def open_partition(
         exchange = Exchange(plan, communicator)
     bucket = Bucket(spec, Range(layout, rank, flat, {}), plan, exchange)
     return Partition(group["index"], bucket, communicator)
+
+
+def compare_values(partition: Partition) -> None:
+    """Refuse a partition that does not hold what the parameters hold.
+
+    The one check that no wrong guess about the layout can pass.
+
+    Args:
+        partition: Before its first step.
+
+    Raises:
+        ValueError: naming the first parameter that differs.
+    """
+    spec, shard = partition.bucket.spec, partition.bucket.shard
+    for segment in shard.segments:
+        parameter = spec.parameters[segment.tensor].detach()
+        low = parameter.reshape(-1)[segment.tensor_start :][: segment.numel]
+        high = shard.master.detach()[segment.shard_start :][: segment.numel].to(low.dtype)
+        if not torch.equal(low.nan_to_num(), high.nan_to_num()):
+            raise ValueError(
+                f"{spec.names[segment.tensor]} differs from its fp32 copy in the partition of rank "
+                f"{partition.communicator.rank}. Either it was written to after "
+                "deepspeed.initialize, whose copy would overwrite it at the first step (load "
+                "weights before, or with engine.load_checkpoint), or this version of DeepSpeed "
+                "lays parameters out in another way than distmuon reads."
+            )
 
 
 def new_state(algorithm: Algorithm, flat: Tensor, momentum_key: MomentumKey) -> dict[str, Any]:
@@ -256,19 +280,3 @@ def first_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str |
 
 def _storage(parameter: Tensor) -> int:
     return parameter.untyped_storage().data_ptr()
-
-
-def _compare_values(layout: Layout, ordered: Named, flat: Tensor, rank: int) -> None:
-    # The one check that no wrong guess about the layout can pass: what the fp32 partition holds
-    # is what the parameters hold there.
-    for segment in layout.segments(rank):
-        name, parameter = ordered[segment.tensor]
-        low = parameter.detach().reshape(-1)[segment.tensor_start :][: segment.numel]
-        high = flat.detach()[segment.shard_start :][: segment.numel].to(low.dtype)
-        if not torch.equal(low.nan_to_num(), high.nan_to_num()):
-            raise ValueError(
-                f"{name} differs from its fp32 copy in the partition of rank {rank}. Either it was "
-                "written to after deepspeed.initialize, whose copy would overwrite it at the first "
-                "step (load weights before, or with engine.load_checkpoint), or this version of "
-                "DeepSpeed lays parameters out in another way than distmuon reads."
-            )

@@ -1,0 +1,210 @@
+"""What the DeepSpeed tests run on every rank: a small model, real engines, what they must equal.
+
+One process group serves many `deepspeed.initialize` calls: starting a rank costs more than twenty
+configurations.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distmuon import Muon, build_param_groups
+
+LR, ADAM_LR = 0.02, 0.003
+
+
+class Net(nn.Module):
+    """Matrices of uneven shapes, a stack, all that goes to AdamW, a frozen and an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 12)
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 37)
+        self.down = nn.Linear(37, 16)
+        self.experts = nn.Parameter(torch.randn(3, 16, 20) / 4)
+        self.wide = nn.Linear(20, 48, bias=False)
+        self.back = nn.Linear(48, 16)
+        self.frozen = nn.Linear(16, 16).requires_grad_(requires_grad=False)
+        self.unused = nn.Linear(7, 5)
+        self.head = nn.Linear(16, 40)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.down(torch.tanh(self.up(self.norm(self.embedding(tokens)))))
+        x = torch.tanh(torch.einsum("btd,edh->bth", x, self.experts))
+        x = self.back(torch.tanh(self.wide(x)))
+        return self.head(x + self.frozen(x))
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def batch(step: int, micro: int, rank: int) -> Tensor:
+    return torch.randint(
+        40, (8, 9), generator=torch.Generator().manual_seed(step * 100 + micro * 10 + rank)
+    )
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    loss = F.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
+    # A push in random directions gives every matrix a gradient of full rank: orthogonalization
+    # makes the rounding errors in an empty direction as large as everything else.
+    generator = torch.Generator().manual_seed(int((tokens * torch.arange(9)).sum()))
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and p.requires_grad and not name.startswith("unused"):
+            noise = torch.randn(p.shape, generator=generator)
+            loss = loss + (p.float() * noise).sum() / 20
+    return loss
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+
+def farthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One DeepSpeed configuration, and what the reference must know of it."""
+
+    stage: int = 1
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[str, Any] = field(default_factory=dict)
+    accumulation: int = 1
+    clip: float = 0.0
+    dtype: torch.dtype = torch.float32
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            **self.rest,
+        }
+        if self.dtype == torch.bfloat16:
+            config["bf16"] = {"enabled": True, **config.get("bf16", {})}
+        return config
+
+
+@contextmanager
+def deepspeed_world() -> Iterator[None]:
+    """What `deepspeed.initialize` wants to find, and no compilation."""
+    os.environ.update(
+        {
+            "RANK": str(dist.get_rank()),
+            "LOCAL_RANK": str(dist.get_rank()),
+            "WORLD_SIZE": str(dist.get_world_size()),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+            "DS_ACCELERATOR": "cpu",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    )
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # An inference all-reduce that is otherwise compiled at the first init_distributed: 2 minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    yield
+
+
+def start(case: Case, model: nn.Module | None = None) -> Any:
+    """A DeepSpeed engine with this adapter's optimizer."""
+    import deepspeed
+
+    from distmuon.adapters.deepspeed import from_model
+
+    model = make_model(case.dtype) if model is None else model
+    optimizer = from_model(model, lr=LR, adam_lr=ADAM_LR, config=case.config, **case.options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config)
+    return engine
+
+
+def train(engine: Any, case: Case, steps: range) -> None:
+    for step in steps:
+        for micro in range(case.accumulation):
+            engine.backward(loss_of(engine.module, batch(step, micro, dist.get_rank())))
+            engine.step()
+
+
+def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str, Tensor]:
+    """The same steps in one process, by the one-process optimizer.
+
+    Gradients are summed in DeepSpeed's order: rounding depends on it, and orthogonalization makes
+    much of little where a gradient is nearly singular. In bf16, gradients are averaged in bf16 and
+    added to fp32 masters.
+    """
+    model, masters = make_model(case.dtype), make_model(case.dtype).float()
+    groups = build_param_groups(masters)
+    for group in groups:
+        group["lr"] = LR if group["algorithm"] == "muon" else ADAM_LR
+    optimizer = Muon(groups, **case.options)
+    sizes = [ranks] * len(steps) if isinstance(ranks, int) else ranks
+    for step, world_size in zip(steps, sizes, strict=True):
+        grads = [
+            [
+                _gradients(model, batch(step, micro, rank), case)
+                for micro in range(case.accumulation)
+            ]
+            for rank in range(world_size)
+        ]
+        if case.stage == 2:  # averaged over the ranks after each micro-batch
+            averaged = [_average(column) for column in zip(*grads, strict=True)]
+            total = _add(averaged)
+        else:
+            total = _average([_add(row) for row in grads])
+        for p, grad in zip(masters.parameters(), total, strict=True):
+            p.grad = grad.float() if p.requires_grad else None
+        if case.clip and case.stage == 0:
+            nn.utils.clip_grad_norm_(masters.parameters(), case.clip)
+        elif case.clip:
+            _clip_(masters, case.clip)
+        optimizer.step()
+        with torch.no_grad():
+            for low, high in zip(model.parameters(), masters.parameters(), strict=True):
+                low.copy_(high)
+    return parameters_of(model)
+
+
+def _gradients(model: nn.Module, tokens: Tensor, case: Case) -> list[Tensor]:
+    """Of every parameter; zeros where there is none, as in a flat partition."""
+    model.zero_grad()
+    (loss_of(model, tokens) / case.accumulation).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def _clip_(model: nn.Module, max_norm: float) -> None:
+    """torch's rule, the norm summed in fp64 as DeepSpeed does."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
+    excess = (norm + 1e-6) / max_norm
+    for grad in grads if excess > 1 else ():
+        grad.mul_(1 / excess)
+
+
+def _add(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [functools.reduce(torch.add, column) for column in zip(*rows, strict=True)]
+
+
+def _average(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [total / len(rows) for total in _add(rows)]

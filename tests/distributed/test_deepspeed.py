@@ -1,0 +1,366 @@
+"""The DeepSpeed adapter inside real DeepSpeed engines, against the one-process optimizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.deepspeed_ranks import (
+    Case,
+    batch,
+    deepspeed_world,
+    farthest,
+    loss_of,
+    make_model,
+    parameters_of,
+    reference,
+    start,
+    train,
+)
+from tests.harness import run_ranks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="needs DeepSpeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
+    ),
+]
+
+LIMIT = 45.0
+BF16 = torch.bfloat16
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OWN_CPU = {"zero_force_ds_cpu_optimizer": False}
+# Makes DeepSpeed choose BF16_Optimizer in stage 1.
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+CASES: dict[str, Case] = {
+    "stage 0": Case(0),
+    "stage 0, accumulation, clipping": Case(0, accumulation=2, clip=0.05),
+    "stage 1": Case(1),
+    "stage 1, accumulation": Case(1, accumulation=2),
+    "stage 1, clip 1.0": Case(1, clip=1.0),
+    "stage 1, clip 0.05": Case(1, clip=0.05),
+    "stage 1, all-reduce": Case(1, {"reduce_scatter": False}),
+    "stage 1, round robin": Case(1, {"round_robin_gradients": True}),
+    "stage 1, alignment": Case(1, {"parameter_alignment": True}),
+    "stage 1, offload, accumulation, clip": Case(1, OFFLOAD, OWN_CPU, accumulation=2, clip=0.05),
+    "stage 2": Case(2),
+    "stage 2, clip 1.0": Case(2, clip=1.0),
+    "stage 2, clip 0.05": Case(2, clip=0.05),
+    "stage 2, accumulation 3": Case(2, accumulation=3),
+    "stage 2, all-reduce": Case(2, {"reduce_scatter": False}),
+    "stage 2, overlap": Case(2, {"overlap_comm": True}),
+    "stage 2, scattered gradients": Case(2, {"contiguous_gradients": False}),
+    "stage 2, reduced to each owner": Case(2, {"use_multi_rank_bucket_allreduce": False}),
+    "stage 2, small buckets": Case(2, {"reduce_bucket_size": 300, "allgather_bucket_size": 300}),
+    "stage 2, round robin, alignment, accumulation": Case(
+        2, {"round_robin_gradients": True, "parameter_alignment": True}, accumulation=2
+    ),
+    "stage 2, offload": Case(2, OFFLOAD, OWN_CPU),
+    "stage 2, one matrix a wave": Case(2, options={"wave_bytes": 4}),
+    "bf16, stage 1": Case(1, dtype=BF16),
+    "bf16, stage 2, clip 1.0": Case(2, dtype=BF16, clip=1.0),
+    "bf16, stage 2, accumulation": Case(2, dtype=BF16, accumulation=2),
+    "bf16, BF16_Optimizer": Case(1, dtype=BF16, rest=FP32_SUMS),
+}
+
+
+def run_cases(names: list[str]) -> dict[str, tuple[float, str, float]]:
+    """Distance from the reference after three steps, the wrapper, and how far weights moved."""
+    results = {}
+    with deepspeed_world():
+        for name in names:
+            case = CASES[name]
+            engine = start(case)
+            train(engine, case, range(3))
+            trained = parameters_of(engine.module)
+            wanted = reference(case, range(3), dist.get_world_size())
+            moved = farthest(trained, parameters_of(make_model(case.dtype)))
+            results[name] = farthest(trained, wanted), type(engine.optimizer).__name__, moved
+            engine.destroy()
+    return results
+
+
+def test_every_configuration_equals_one_process() -> None:
+    results = run_ranks(2, run_cases, list(CASES), timeout=LIMIT)
+    for result in results:
+        # Rounding of the norm that is clipped is all that can differ in fp32.
+        far = {name: result[name][0] for name in CASES}
+        assert {name for name in CASES if far[name] > 1e-6} == set()
+        assert {name for name in CASES if CASES[name].dtype == BF16 and far[name] > 0.0} == set()
+        assert all(moved > 0.02 for _, _, moved in result.values())
+        wrappers = {name: wrapper for name, (_, wrapper, _) in result.items()}
+        assert wrappers["stage 0"] == "ZeroOrtho"
+        assert wrappers["bf16, stage 1"] == "DeepSpeedZeroOptimizer"
+        assert wrappers["bf16, BF16_Optimizer"] == "BF16_Optimizer"
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_other_numbers_of_ranks(world_size: int) -> None:
+    names = ["stage 1", "stage 2, clip 1.0", "stage 2, round robin, alignment, accumulation"]
+    for result in run_ranks(world_size, run_cases, names, timeout=LIMIT):
+        # Not bitwise: gloo has an order of its own to sum three gradients or more.
+        assert all(far <= 1e-6 for far, _, _ in result.values()), result
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps that are skipped or refused.
+
+
+def snapshot(engine: Any) -> list[Tensor]:
+    optimizer = engine.basic_optimizer
+    flats = [group["params"][0] for group in optimizer.param_groups]
+    held = [value for flat in flats for value in optimizer.state[flat].values()]
+    weights = [p.detach() for p in engine.module.parameters()]
+    kept = [value.clone() for value in [*flats, *held, *weights] if isinstance(value, Tensor)]
+    return [*kept, torch.tensor([optimizer.state[flat]["step"] for flat in flats])]
+
+
+def overflow(case: Case) -> tuple[bool, float]:
+    """Whether a step with an infinity on rank 1 changed nothing, and the distance afterwards."""
+    engine = start(case)
+    train(engine, case, range(2))
+    before = snapshot(engine)
+    loss = loss_of(engine.module, batch(9, 0, dist.get_rank()))
+    engine.backward(loss * float("inf") if dist.get_rank() == 1 else loss)
+    engine.step()
+    after = snapshot(engine)
+    same = all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    train(engine, case, range(2, 4))
+    far = farthest(parameters_of(engine.module), reference(case, range(4), dist.get_world_size()))
+    engine.destroy()
+    return same, far
+
+
+def run_overflows() -> list[tuple[bool, float]]:
+    cases = [CASES[name] for name in ("stage 1", "stage 2", "bf16, stage 2, clip 1.0")]
+    with deepspeed_world():
+        return [overflow(case) for case in [*cases, CASES["bf16, BF16_Optimizer"]]]
+
+
+def test_an_overflow_on_one_rank_changes_nothing_on_any() -> None:
+    for result in run_ranks(2, run_overflows, timeout=LIMIT):
+        assert result == [(True, 0.0)] * 4
+
+
+def message_of(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def other_lr(engine: Any) -> None:
+    if dist.get_rank() == 1:
+        engine.basic_optimizer.param_groups[0]["lr"] = 0.5
+
+
+def written_weight(engine: Any) -> None:
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            next(p for p in engine.module.parameters() if p.numel() > 100).add_(1.0)
+
+
+def new_storage(engine: Any) -> None:
+    if dist.get_rank() == 0:
+        engine.module.up.weight.data = engine.module.up.weight.data.clone()
+
+
+def bad_option(engine: Any) -> None:
+    if dist.get_rank() == 1:
+        engine.basic_optimizer.param_groups[0]["momentum"] = 7.0
+
+
+def run_faults() -> dict[str, str]:
+    said = {}
+    with deepspeed_world():
+        for fault in (other_lr, written_weight, new_storage, bad_option):
+            engine = start(CASES["stage 1"])
+            fault(engine)
+            weights = parameters_of(engine.module)
+            said[fault.__name__] = message_of(partial(train, engine, Case(1), range(1)))
+            assert farthest(parameters_of(engine.module), weights) == 0.0
+            engine.destroy()
+        config = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+        case = Case(2, dtype=BF16, rest=config)
+        engine = start(case)
+        loss = loss_of(engine.module, batch(0, 0, dist.get_rank()))
+        engine.backward(loss * float("inf") if dist.get_rank() == 1 else loss)
+        said["unchecked overflow"] = message_of(engine.step)
+        engine.destroy()
+        said |= run_refusals()
+    return said
+
+
+def run_refusals() -> dict[str, str]:
+    import deepspeed
+
+    from distmuon.deepspeed import ZeroOrtho, from_model
+
+    def stage3() -> None:
+        model = make_model()
+        optimizer = from_model(model)
+        config = Case(3).config
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        train(engine, Case(3), range(1))
+
+    class ZeroMuon(ZeroOrtho):
+        pass
+
+    def gpt2_params() -> Iterator[dict[str, Any]]:
+        yield {"params": list(make_model().named_parameters())[:1], "algorithm": "muon"}
+
+    def replaced() -> None:
+        other = start(CASES["stage 1"])
+        del other.module.up.weight._dp_group  # as if ZeRO had never seen this parameter
+        train(other, Case(1), range(1))
+
+    engine = start(CASES["stage 1"])
+    late = {"params": [torch.nn.Parameter(torch.ones(2, 2))], "algorithm": "muon"}
+    said = {
+        "stage 3": message_of(stage3),
+        "name": message_of(lambda: ZeroMuon(gpt2_params())),
+        "replaced": message_of(replaced),
+        "late group": message_of(lambda: engine.basic_optimizer.add_param_group(late)),
+        "bf16 stage 0": message_of(lambda: train(start(Case(0, dtype=BF16)), Case(0), range(1))),
+        "outside": message_of(engine.basic_optimizer.step),
+    }
+    engine.destroy()
+    return said
+
+
+WANTED = {
+    "other_lr": "hyperparameters differ between ranks",
+    "written_weight": "was written to after deepspeed.initialize",
+    "new_storage": "lie in different buffers",
+    "bad_option": "Invalid momentum=7.0",
+    "unchecked overflow": '"check_grad_overflow": true',
+    "stage 3": '"stage": 2',
+    "name": 'a name without "muon"',
+    "replaced": "Build the optimizer last",
+    "late group": "partitions the groups once",
+    "bf16 stage 0": '"stage": 1',
+    "outside": "never optimizer.step()",
+}
+
+
+def test_a_fault_on_one_rank_raises_on_all() -> None:
+    for said in run_ranks(2, run_faults, timeout=LIMIT):
+        assert {name: text for name, text in said.items() if WANTED[name] not in text} == {}
+        assert said.keys() == WANTED.keys()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+SAVED = {
+    "stage 1": CASES["stage 1"],
+    "stage 2": CASES["stage 2, round robin, alignment, accumulation"],
+    "bf16": CASES["bf16, stage 2, clip 1.0"],
+    "BF16_Optimizer": CASES["bf16, BF16_Optimizer"],
+    "stage 0": CASES["stage 0"],
+}
+
+
+def full_momenta(engine: Any) -> dict[str, tuple[float, ...]]:
+    """Norm of each parameter's whole optimizer state, through DeepSpeed's own accessor."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    muon = {n for group in engine.basic_optimizer._named[:1] for n, _ in group}
+    keys = {n: ("momentum_buffer",) if n in muon else ("exp_avg", "exp_avg_sq") for n, _ in named}
+    return {
+        name: tuple(float(safe_get_full_optimizer_state(p, key).norm()) for key in keys[name])
+        for name, p in named
+    }
+
+
+def save_and_resume(folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with deepspeed_world():
+        for name, case in SAVED.items():
+            engine = start(case)
+            train(engine, case, range(3))
+            engine.save_checkpoint(f"{folder}/{name}")
+            states = full_momenta(engine) if name == "stage 1" else {}
+            train(engine, case, range(3, 6))
+            wanted = parameters_of(engine.module)
+            engine.destroy()
+            torch.manual_seed(1)
+            model = make_model(case.dtype)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(1.0)
+            resumed = start(case, model)
+            resumed.load_checkpoint(f"{folder}/{name}")
+            train(resumed, case, range(3, 6))
+            results[name] = farthest(parameters_of(resumed.module), wanted)
+            resumed.destroy()
+            results |= states
+        results["refused"] = refuse_other_order(folder)
+    return results
+
+
+def refuse_other_order(folder: str) -> str:
+    """What a run says that has the same matrices in another order; DeepSpeed would not notice."""
+    import deepspeed
+
+    from distmuon.deepspeed import from_model
+
+    model = make_model()
+    optimizer = from_model(model)
+    optimizer.param_groups[0]["params"].reverse()
+    config = SAVED["stage 1"].config
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    said = message_of(lambda: engine.load_checkpoint(f"{folder}/stage 1"))
+    engine.destroy()
+    return said
+
+
+def reshard(folder: str) -> dict[str, float]:
+    """Three more steps from what two ranks saved, on however many there are now."""
+    from distmuon.deepspeed import load_resharded
+
+    results = {}
+    with deepspeed_world():
+        for name in ("stage 1", "stage 2", "BF16_Optimizer"):
+            case = SAVED[name]
+            engine = start(case)
+            load_resharded(engine, f"{folder}/{name}")
+            loaded = parameters_of(engine.module)
+            results[name] = farthest(loaded, reference(case, range(3), 2))
+            train(engine, case, range(3, 6))
+            results[f"{name}, on"] = farthest(
+                parameters_of(engine.module), resumed_reference(case, dist.get_world_size())
+            )
+            engine.destroy()
+    return results
+
+
+def resumed_reference(case: Case, world_size: int) -> dict[str, Tensor]:
+    """Three steps as two ranks, three more as however many."""
+    return reference(case, range(6), [2, 2, 2, world_size, world_size, world_size])
+
+
+def test_resume_is_bit_exact_and_other_world_sizes_load(tmp_path: Path) -> None:
+    for result in run_ranks(2, save_and_resume, str(tmp_path), timeout=LIMIT):
+        assert {name: result.pop(name) for name in SAVED} == dict.fromkeys(SAVED, 0.0)
+        assert "do not lie where this run has them" in result.pop("refused")
+        trained = {name for name in result if "unused" not in name}
+        assert len(trained) > 8
+        assert all(norm > 0 for name in trained for norm in result[name])
+    for world_size in (1, 2, 3):
+        for result in run_ranks(world_size, reshard, str(tmp_path), timeout=LIMIT):
+            # What is loaded is exact; steps on three ranks sum three gradients in gloo's order.
+            assert all(far == 0.0 for name, far in result.items() if not name.endswith("on"))
+            assert all(far <= 1e-6 for name, far in result.items() if "BF16" not in name), result
