@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.deepspeed_ranks import (
+    ADAM_LR,
+    LR,
     Case,
     batch,
     deepspeed_world,
@@ -364,3 +368,63 @@ def test_resume_is_bit_exact_and_other_world_sizes_load(tmp_path: Path) -> None:
             # What is loaded is exact; steps on three ranks sum three gradients in gloo's order.
             assert all(far == 0.0 for name, far in result.items() if not name.endswith("on"))
             assert all(far <= 1e-6 for name, far in result.items() if "BF16" not in name), result
+
+
+LOAD_UNIVERSAL = {"checkpoint": {"load_universal": True}}
+
+
+def universal(folder: str, kind: str) -> float:
+    """Save with the names that DeepSpeed's converter wants, or load what it has made of them."""
+    case = Case(
+        1, options={"momentum_key": "exp_avg"}, rest=LOAD_UNIVERSAL if kind == "load" else {}
+    )
+    with deepspeed_world():
+        engine = start(case)
+        if kind == "save":
+            train(engine, case, range(3))
+            engine.save_checkpoint(folder, tag="three")
+        else:
+            engine.load_checkpoint(folder, tag="universal")
+            train(engine, case, range(3, 6))
+        steps = range(3) if kind == "save" else range(6)
+        ranks = 2 if kind == "save" else [2, 2, 2, 3, 3, 3]
+        far = farthest(parameters_of(engine.module), reference(Case(1), steps, ranks))
+        state = next(iter(engine.basic_optimizer.state.values()))
+        assert state["exp_avg_sq"].untyped_storage().nbytes() == 4
+        engine.destroy()
+        return far
+
+
+def test_the_universal_checkpoint_converts(tmp_path: Path) -> None:
+    assert max(run_ranks(2, universal, str(tmp_path), "save", timeout=LIMIT)) == 0.0
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    folders = ["--input_folder", f"{tmp_path}/three", "--output_folder", f"{tmp_path}/universal"]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    subprocess.run([*command, *folders, *workers], check=True, timeout=LIMIT)
+    # Frozen parameters are not in it; this model's are the same in every run.
+    assert max(run_ranks(3, universal, str(tmp_path), "load", timeout=LIMIT)) <= 1e-6
+
+
+def by_name() -> float:
+    """Three steps with the optimizer that the configuration names."""
+    import deepspeed
+
+    from distmuon.deepspeed import check_config, register, tag
+
+    with deepspeed_world():
+        register()
+        model = make_model()
+        tag(model)
+        params = {"lr": LR, "adam_lr": ADAM_LR, "betas": [0.9, 0.95]}
+        config = {**Case(2).config, "optimizer": {"type": "DistMuon", "params": params}}
+        del config["zero_allow_untested_optimizer"]
+        check_config(config, by_name=True)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        train(engine, Case(2), range(3))
+        far = farthest(parameters_of(model), reference(Case(2), range(3), 2))
+        engine.destroy()
+        return far
+
+
+def test_the_optimizer_can_be_named_in_the_config() -> None:
+    assert run_ranks(2, by_name, timeout=LIMIT) == [0.0, 0.0]

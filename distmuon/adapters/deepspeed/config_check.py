@@ -28,13 +28,18 @@ def check_version() -> None:
         raise ImportError(
             "DeepSpeed is not installed. Install it with: pip install 'distmuon[deepspeed]'"
         ) from error
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST:
+    if is_old(version):
         warnings.warn(
             f"DeepSpeed {version} is older than 0.19. Some versions before it average gradients "
             "wrongly in ZeRO-2 with gradient accumulation, for every optimizer; distmuon is tested "
             "with 0.19.8. Upgrade with: pip install -U deepspeed",
             stacklevel=3,
         )
+
+
+def is_old(version: str) -> bool:
+    """Whether a version of DeepSpeed is older than those that distmuon is tested with."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST
 
 
 def check_config(config: Mapping[str, Any] | str | Path, *, by_name: bool = False) -> None:
