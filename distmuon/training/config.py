@@ -77,8 +77,10 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = _key(
         "auto", "auto takes cuda (backend nccl) where there is one, else cpu (gloo)", "free"
     )
-    engine: Literal["native", "accelerate"] = _key(
-        "native", "native is DistributedDataParallel; accelerate the same run under it", "free"
+    engine: Literal["native", "accelerate", "deepspeed"] = _key(
+        "native",
+        "native is DistributedDataParallel; accelerate and deepspeed the same run under them",
+        "free",
     )
     timeout_s: float = _key(
         300.0, "seconds until a collective with a dead rank is an error", "free"

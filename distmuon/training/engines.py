@@ -1,4 +1,4 @@
-"""Who runs forward, backward, clipping and the update: plain PyTorch, or Accelerate."""
+"""Who runs forward, backward, clipping and the update: plain PyTorch, Accelerate or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon.training.config import Config, ConfigError
+from distmuon.training.with_deepspeed import start_deepspeed
 from distmuon.training.world import World
 
 
@@ -156,6 +157,8 @@ def build_engine(
         scheduled = schedule(optimizer)
         wrapped = _wrap(model, world)
         return NativeEngine(wrapped, optimizer, scheduled, config.train.accumulation), scheduled
+    if config.run.engine == "deepspeed":
+        return start_deepspeed(config, world, model, optimizer, schedule)
     if find_spec("accelerate") is None:
         raise ConfigError(
             "run.engine=accelerate needs Accelerate: pip install 'distmuon[accelerate]'.",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from distmuon import Muon
+from distmuon.deepspeed import ZeroOrtho
 from distmuon.report import Report
 from distmuon.training.config import Config
 from distmuon.training.metrics import StepMetrics
@@ -117,7 +118,7 @@ def describe_optimizer(optimizer: Optimizer, config: Config, world: World) -> st
         RuntimeError: if a matrix was not orthogonalized exactly once per step.
     """
     name = _optimizer_name(config, world)
-    if not isinstance(optimizer, Muon):
+    if not isinstance(optimizer, Muon | ZeroOrtho):
         held = [row[0] for row in world.collect([state_bytes(optimizer)])]
         return f"{name}\n  state per rank    {_per_rank(held)}"
     return f"{name}\n{_describe_muon(optimizer.report(), world)}"

@@ -18,6 +18,7 @@ from distmuon.training.data import Corpus, read_windows, train_starts, val_start
 from distmuon.training.engines import Engine, build_engine
 from distmuon.training.model import Transformer
 from distmuon.training.optimizers import build_optimizer, build_schedule
+from distmuon.training.with_deepspeed import build_zero_optimizer
 from distmuon.training.world import World
 
 VAL_BATCH = 64
@@ -156,7 +157,10 @@ def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
     check_batch(config.train, world.size)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, context=config.data.context).to(world.device)
-    optimizer = build_optimizer(model, config.optimizer, world)
+    if config.run.engine == "deepspeed":
+        optimizer = build_zero_optimizer(model, config, world)
+    else:
+        optimizer = build_optimizer(model, config.optimizer, world)
     scheduled = partial(build_schedule, config=config.train)
     engine, schedule = build_engine(config, world, model, optimizer, scheduled)
     return Trainer(config, world, corpus, model, engine, optimizer, schedule)

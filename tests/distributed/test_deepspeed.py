@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +41,8 @@ pytestmark = [
     ),
 ]
 
-LIMIT = 45.0
+LIMIT = 90.0
+ROOT = Path(__file__).parents[2]
 BF16 = torch.bfloat16
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OWN_CPU = {"zero_force_ds_cpu_optimizer": False}
@@ -428,3 +431,27 @@ def by_name() -> float:
 
 def test_the_optimizer_can_be_named_in_the_config() -> None:
     assert run_ranks(2, by_name, timeout=LIMIT) == [0.0, 0.0]
+
+
+def run_training(folder: Path, engine: str) -> list[float]:
+    """The losses of a training run of twenty steps on two ranks."""
+    script = "train.py" if engine == "native" else "train_deepspeed.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    files = ["--nproc-per-node=2", str(ROOT / "launch" / script)]
+    options = ["--config", str(ROOT / "configs/tiny.yaml"), f"run.dir={folder}", "run.save_every=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, *files, *options, f"run.name={engine}", "train.log_every=1", "sample.length=0"],
+        check=True,
+        timeout=2 * LIMIT,
+        env={**environment, "DS_ACCELERATOR": "cpu"},
+    )
+    lines = (folder / engine / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_training_run_has_the_same_losses_with_either_engine(tmp_path: Path) -> None:
+    native, deepspeed = (run_training(tmp_path, engine) for engine in ("native", "deepspeed"))
+    assert len(native) == len(deepspeed) == 20
+    assert max(abs(a - b) for a, b in zip(native, deepspeed, strict=True)) <= 1e-5
+    assert native[-1] < native[0] - 1.0

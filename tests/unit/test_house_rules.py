@@ -48,6 +48,7 @@ TALKING_ROOMS = ("cli", "training", "launch")
 # The main job uses the optimizer as any user does.
 PUBLIC_ROOMS = (
     "distmuon",
+    "deepspeed",
     "training",
     "checkpoint",
     "adapters",

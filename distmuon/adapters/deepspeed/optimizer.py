@@ -261,6 +261,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             ),
             muon_parameters=elements["muon"],
             adamw_parameters=elements["adamw"],
+            seconds={},
         )
 
     def _read(self) -> None:

@@ -25,8 +25,8 @@ from distmuon.exchange import Exchange
 from distmuon.layout import Layout, TensorSpec
 from distmuon.options import Algorithm
 from distmuon.ownership import assign_fixed
-from distmuon.plan import build_plan
 from distmuon.shard import Range
+from distmuon.split_exchange import SplitExchange
 
 Named = Sequence[tuple[str, Tensor]]
 # What `Partition.place` says, and a group in a checkpoint with it.
@@ -187,11 +187,11 @@ def open_partition(
     parameters = tuple(parameter for _, parameter in ordered)
     ownership = assign_fixed(layout) if algorithm == "muon" else None
     spec = BucketSpec(algorithm, parameters, (0,) * len(parameters), layout, ownership)
-    plan = exchange = None
-    if ownership is not None:
-        plan = build_plan(ownership, rank, wave_numel=wave_numel)
-        exchange = Exchange(plan, communicator)
-    bucket = Bucket(spec, Range(layout, rank, flat, {}), plan, exchange)
+    plan, shard = spec.plan(rank, wave_numel), Range(layout, rank, flat, {})
+    if plan is None:
+        return Partition(group["index"], Bucket(spec, shard, None, None, None), communicator)
+    split = SplitExchange(plan, communicator, torch.float32)  # assign_fixed splits nothing
+    bucket = Bucket(spec, shard, plan, Exchange(plan, communicator), split)
     return Partition(group["index"], bucket, communicator)
 
 

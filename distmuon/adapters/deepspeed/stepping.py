@@ -14,6 +14,7 @@ from distmuon.buckets import STATE_NAMES
 from distmuon.collectives import Communicator
 from distmuon.failure import Topic
 from distmuon.options import GroupOptions, read_options
+from distmuon.phases import PhaseClock
 from distmuon.steps import adamw_step, muon_step
 
 
@@ -106,10 +107,10 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> in
     try:
         if bucket.spec.algorithm == "muon":
             bucket.shard.state = {"momentum_buffer": momentum_of(state, momentum_key)}
-            calls = muon_step(bucket, ready.grad, present, [ready.options])
+            calls = muon_step(bucket, ready.grad, present, [ready.options], PhaseClock())
         else:
             bucket.shard.state = {name: state[name] for name in STATE_NAMES["adamw"]}
-            adamw_step(bucket, ready.grad, present, [ready.options])
+            adamw_step(bucket, ready.grad, present, [ready.options], PhaseClock())
     except Exception as error:
         # The others are in the middle of the exchange and would wait for this rank.
         communicator.abandon(error)
