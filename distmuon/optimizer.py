@@ -170,12 +170,10 @@ class Muon(torch.optim.Optimizer):
             ValueError: as the constructor, and so TypeError.
         """
         self._names = group_check.recheck_groups(self.param_groups, self._names)
-        before, self._engine = self._engine, None
-        try:
-            if before is not None:
-                self._open().take_over(before)
-        finally:
-            self._engine = self._engine or before
+        if self._engine is not None:
+            engine = self._build()
+            engine.take_over(self._engine)
+            self._use(engine)
         self._keeper.forget_gathered()
 
     @overload
@@ -373,20 +371,25 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _specify(self) -> list[BucketSpec]:
-        if self._engine is not None:
-            return [bucket.spec for bucket in self._engine.buckets]
+        return [each.spec for each in self._engine.buckets] if self._engine else self._lay_out()
+
+    def _lay_out(self) -> list[BucketSpec]:
         return specify(self.param_groups, self._names, self._communicator.world_size, self._policy)
 
     def _ready(self) -> Engine:
         return self._open().check_averaged()
 
     def _open(self) -> Engine:
-        if self._engine is None:
-            engine = Engine(self._specify(), self.param_groups, self._policy, self._communicator)
-            self._keeper.open(engine.buckets)
-            self._engine = engine
-            self._keeper.mark(self.state, self.param_groups)
-        return self._engine
+        return self._engine or self._use(self._build())
+
+    def _build(self) -> Engine:
+        return Engine(self._lay_out(), self.param_groups, self._policy, self._communicator)
+
+    def _use(self, engine: Engine) -> Engine:
+        self._keeper.open(engine.buckets)
+        self._engine = engine
+        self._keeper.mark(self.state, self.param_groups)
+        return engine
 
     def _pack(self, state: StateByParameter) -> dict[str, Any]:
         self.state.update(state)

@@ -65,7 +65,8 @@ def carry_state(
 ) -> None:
     """Give parameters in new buffers the state they had in the old ones. A collective.
 
-    Parameters that are new, or have another update rule now, start from zero.
+    Parameters that are new, or have another update rule now, start from zero. One that has become
+    narrow brings no master copy: its own value begins one.
 
     Args:
         before: The buffers so far.
@@ -84,7 +85,8 @@ def carry_state(
             moves += [(old, move) for move in plan_moves(*cuts)]
         for name, tensor in bucket.shard.tensors.items():
             topic = Topic("refresh", None, bucket.spec.names)
-            _carry(name, tensor, moves, communicator, topic)
+            known = [each for each in moves if name in each[0].shard.tensors]
+            _carry(name, tensor, known, communicator, topic)
 
 
 def _carry(
@@ -103,7 +105,8 @@ def _carry(
         send_counts[move.target] += move.numel
     for _, move in receives:
         receive_counts[move.source] += move.numel
-    send = torch.cat(pieces) if pieces else tensor.new_empty(0)
+    # Of the new dtype on every rank, those that send nothing included.
+    send = torch.cat(pieces).to(tensor) if pieces else tensor.new_empty(0)
     received = communicator.exchange(send, send_counts, receive_counts, topic=topic).wait()
     start = 0
     for _, move in receives:

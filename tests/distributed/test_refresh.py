@@ -181,3 +181,49 @@ def test_a_parameter_unfrozen_later_is_named_and_trains_after_refresh(
         assert message == ""
         assert not unchanged
         assert torch.equal(weight, outcome[0][1][1]), "ranks agree"
+
+
+def change_dtype(target: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], list[bool]]:
+    """State before and after the parameters of a running optimizer change their dtype."""
+    model = build(torch.float32)
+    group = dist.group.WORLD
+    optimizer = Muon(groups_of(model, MATRICES, VECTORS), lr=1e-2, process_group=group)
+    give_gradients(model, 0, [*MATRICES, *VECTORS])
+    optimizer.step()
+
+    def state() -> dict[str, Tensor]:
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank():
+            return {}
+        entries = optimizer.state_dict()["state"].values()
+        return {
+            f"{name}/{key}": torch.as_tensor(value).clone()
+            for name, entry in zip(optimizer.parameter_names.values(), entries, strict=True)
+            for key, value in entry.items()
+        }
+
+    before = state()
+    values = [model[name].detach().clone() for name in (*MATRICES, *VECTORS)]
+    for parameter in model.values():
+        parameter.data = parameter.data.to(target)
+    optimizer.refresh()
+    after = state()
+    kept = [
+        torch.equal(model[name], value.to(target))
+        for name, value in zip((*MATRICES, *VECTORS), values, strict=True)
+    ]
+    give_gradients(model, 1, [*MATRICES, *VECTORS])
+    optimizer.step()
+    return before, after, kept
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float64])
+def test_parameters_of_another_dtype_keep_their_state(target: torch.dtype) -> None:
+    """To bf16 it raised KeyError: 'master', and the state was zero from then on."""
+    (before, after, kept), *others = run_ranks(3, change_dtype, target)
+    assert all(kept)
+    assert all(all(other[2]) for other in others)
+    assert {name for name in after if not name.endswith("/master")} == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name].to(value.dtype), value), name
+    assert any(name.endswith("/master") for name in after) == (target == torch.bfloat16)
