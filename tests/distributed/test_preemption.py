@@ -175,10 +175,12 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path: Path) -> None:
     options = (
         *("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job7"),
-        *("--rdzv-conf", "last_call_timeout=3", "--local-addr", "localhost"),
+        *("--local-addr", "localhost"),
     )
     overrides = ("run.save_every=10", "train.steps=100")
     checkpoints = tmp_path / "runs/x/checkpoints"
+    # The store is on the machine that stays, whichever starts faster.
+    conf = ["--rdzv-conf=last_call_timeout=10,is_host=" + answer for answer in ("true", "false")]
 
     def saved_by_three() -> bool:
         path = checkpoint.latest(checkpoints)
@@ -188,10 +190,10 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path: Path) -> None:
             return False
 
     with torchrun(
-        tmp_path, *options, "--nproc-per-node", "2", overrides=overrides, name="a"
+        tmp_path, *options, conf[0], "--nproc-per-node", "2", overrides=overrides, name="a"
     ) as first:
         with torchrun(
-            tmp_path, *options, "--nproc-per-node", "1", overrides=overrides, name="b"
+            tmp_path, *options, conf[1], "--nproc-per-node", "1", overrides=overrides, name="b"
         ) as second:
             wait_until(saved_by_three)
             second.process.kill()
