@@ -73,6 +73,22 @@ class Workplace:
             self._lock = None
 
 
+def absolute(path: object) -> Path:
+    """A path that does not change with the working directory.
+
+    Args:
+        path: What the caller gave.
+
+    Raises:
+        CheckpointError: if it is no path.
+    """
+    if not isinstance(path, (str, Path)):
+        raise CheckpointError(
+            f"path={path!r} is no path. `latest` returns None where it finds no whole checkpoint."
+        )
+    return Path(path).absolute()
+
+
 def claim(target: Path) -> Workplace:
     """Make the hidden folder for a save, and remove those that killed runs have left.
 
@@ -90,6 +106,8 @@ def claim(target: Path) -> Workplace:
         raise CheckpointError(f"Invalid path {target}: hidden names are for unfinished saves.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_symlink():
+            raise CheckpointError(f"{target} is a symbolic link. Save to {target.resolve()}.")
         if target.exists():
             if not target.is_dir():
                 raise CheckpointError(f"{target} is a file. Save to another path.")
@@ -176,7 +194,9 @@ def prune(folder: Path, keep_latest: int) -> None:
         keep_latest: How many to keep.
     """
     try:
-        for path, _ in whole_siblings(folder)[:-keep_latest]:
+        # Someone's link to a checkpoint, such as "last", is not one more.
+        whole = [path for path, _ in whole_siblings(folder) if not path.is_symlink()]
+        for path in whole[:-keep_latest]:
             # First out of sight: a kill in the middle must not leave half a checkpoint.
             doomed = path.with_name(f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}")
             os.rename(path, doomed)

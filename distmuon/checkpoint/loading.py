@@ -23,6 +23,7 @@ from distmuon.checkpoint.content import (
 )
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import Reader, check_content, check_sizes, require_safetensors
+from distmuon.checkpoint.folders import absolute
 from distmuon.checkpoint.groups import match_groups
 from distmuon.checkpoint.manifest import (
     Manifest,
@@ -96,8 +97,7 @@ def load(
     require_safetensors()
     communicator = find_communicator(optimizer, process_group)
     settle()
-    folder = Path(path).absolute()
-    manifest = _check_files(folder, communicator)
+    folder, manifest = _check_files(path, communicator)
     groups = all_ranks(communicator, partial(_check_fit, manifest, optimizer, model))
     reader = Reader(folder, manifest)
     buckets = optimizer.open("write") if optimizer is not None else ()
@@ -123,21 +123,22 @@ def load(
     return found[0]
 
 
-def _check_files(folder: Path, communicator: Communicator) -> Manifest:
-    found: list[Manifest] = []
+def _check_files(path: str | Path, communicator: Communicator) -> tuple[Path, Manifest]:
+    found: list[tuple[Path, Manifest]] = []
 
     def check() -> int:
+        folder = absolute(path)
         if folder.name.startswith("."):
             raise CheckpointError(f"{folder} is the hidden folder of an unfinished save.")
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
         for index in range(communicator.rank, len(manifest.files), communicator.world_size):
             check_content(folder, manifest, index)
-        found.append(manifest)
+        found.append((folder, manifest))
         return manifest.saved_at
 
     if len(set(all_ranks(communicator, check))) > 1:
-        raise CheckpointError(f"The ranks see different checkpoints at {folder}.")
+        raise CheckpointError(f"The ranks see different checkpoints at {path}.")
     return found[0]
 
 

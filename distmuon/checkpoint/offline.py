@@ -93,7 +93,7 @@ def reshard(path: str | Path, out: str | Path, world_size: int) -> Path:
         raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
     manifest = verify(path)
     target = Path(out).absolute()
-    if target == Path(path).absolute():
+    if target.resolve() == Path(path).resolve():
         raise CheckpointError(f"{out} is the checkpoint itself. Write to another folder.")
     reader = Reader(Path(path), manifest)
     specs = _specify(manifest, world_size)

@@ -13,7 +13,7 @@ from distmuon.checkpoint.background import Background
 from distmuon.checkpoint.completion import Completion
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import require_safetensors
-from distmuon.checkpoint.folders import Workplace, claim
+from distmuon.checkpoint.folders import Workplace, absolute, claim
 from distmuon.checkpoint.manifest import FileEntry
 from distmuon.checkpoint.parts import Part, Source, Table, describe, gather_part
 from distmuon.checkpoint.together import all_ranks, find_communicator
@@ -125,19 +125,20 @@ def save(  # noqa: PLR0913 - what is saved, then how
             rank and file; older checkpoints are untouched and the unfinished one is removed.
         ValueError: for `keep_latest` below 1, or a process group that is not the optimizer's.
     """
-    if keep_latest is not None and keep_latest < 1:
-        raise ValueError(f"Invalid {keep_latest=}. Must be >= 1, or None to keep all.")
+    if keep_latest is not None and (type(keep_latest) is not int or keep_latest < 1):
+        raise ValueError(f"Invalid {keep_latest=}. Must be an int >= 1, or None to keep all.")
     require_safetensors()
     communicator = find_communicator(optimizer, process_group)
     settle()
-    target = Path(path).absolute()
     buckets = optimizer.open() if optimizer is not None else ()
     source = Source(optimizer, buckets, model, metadata or {}, tensors or {}, rank_tensors or {})
-    (part, completion, folder) = _prepare(source, target, keep_latest, communicator)
+    part, completion, target, folder = _prepare(
+        source, path, keep_latest, communicator, async_save=async_save
+    )
     workplace = completion.workplace if completion is not None else None
     if async_save:
         background = Background(
-            partial(part.on_host().write, folder),
+            partial(part.write, folder),
             completion.run if completion is not None else None,
             folder,
             rank=communicator.rank,
@@ -167,18 +168,27 @@ def settle() -> None:
 
 
 def _prepare(
-    source: Source, target: Path, keep_latest: int | None, communicator: Communicator
-) -> tuple[Part, Completion | None, Path]:
+    source: Source,
+    path: str | Path,
+    keep_latest: int | None,
+    communicator: Communicator,
+    *,
+    async_save: bool,
+) -> tuple[Part, Completion | None, Path, Path]:
     parts: list[Part] = []
 
     def gather() -> tuple[str, Table, Table]:
-        parts.append(gather_part(source, communicator.rank))
-        return str(target), parts[0].shared, parts[0].own
+        target = absolute(path)
+        part = gather_part(source, communicator.rank)
+        # Copied here, where one rank without memory for it stops all of them.
+        parts.append(part.on_host() if async_save else part)
+        return str(target), part.shared, part.own
 
     gathered = all_ranks(communicator, gather)
     paths = [path for path, _, _ in gathered]
     if len(set(paths)) > 1:
         raise CheckpointError(f"The ranks save to different paths: {paths}. Give all the same one.")
+    target = Path(paths[0])
     completions: list[Completion] = []
 
     def begin() -> str | None:
@@ -194,7 +204,7 @@ def _prepare(
         for completion in completions:
             completion.workplace.discard()
         raise
-    return parts[0], (completions[0] if completions else None), Path(str(folder))
+    return parts[0], (completions[0] if completions else None), target, Path(str(folder))
 
 
 def _complete(completion: Completion | None, files: Sequence[FileEntry]) -> None:

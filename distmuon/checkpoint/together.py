@@ -25,8 +25,10 @@ def find_communicator(optimizer: Muon | None, process_group: ProcessGroup | None
         process_group: Otherwise they are this group's; None for the default group, if there is one.
 
     Raises:
+        TypeError: for another optimizer, which has no parts to save.
         ValueError: if the optimizer is sharded over other ranks than the group's.
     """
+    _check_optimizer(optimizer)
     if optimizer is None:
         # As everywhere in torch; and ranks that each saved alone would replace each other's.
         default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
@@ -38,6 +40,14 @@ def find_communicator(optimizer: Muon | None, process_group: ProcessGroup | None
             "optimizer's own group is used."
         )
     return communicator
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if optimizer is not None and not isinstance(optimizer, Muon):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}. Must be a distmuon.Muon, in no wrapper; "
+            "a module goes into model=, the state of another optimizer into tensors=."
+        )
 
 
 def all_ranks(communicator: Communicator, action: Callable[[], Result]) -> list[Result]:
@@ -54,10 +64,10 @@ def all_ranks(communicator: Communicator, action: Callable[[], Result]) -> list[
         CheckpointError: on every rank, if it failed on any: names each that did and why.
     """
     result: Result | None = None
-    problem: BaseException | None = None
+    problem: Exception | None = None
     try:
         result = action()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is: the others would wait for this rank's answer
         problem = error
     message = None if problem is None else f"{type(problem).__name__}: {problem}"
     if isinstance(problem, CheckpointError):
@@ -81,7 +91,7 @@ def _collect(
         ) from error
 
 
-def _raise(messages: list[str | None], own: BaseException | None) -> NoReturn:
+def _raise(messages: list[str | None], own: Exception | None) -> NoReturn:
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
     same = {text for text in messages if text is not None}
     if len(failed) == len(messages) and len(same) == 1:

@@ -317,27 +317,51 @@ def disagreeing(folder: Path) -> list[str]:
     _, optimizer = build(torch.float32, _group(), seed=1)
     rank = dist.get_rank()
     messages = []
-    for path, metadata, own in (
+    calls: list[tuple[Any, Any, Any]] = [
         (folder / str(rank), {}, {}),
         (folder / "a", {"bad": {1, 2}}, {}),
         (folder / "a", {}, {"z": torch.ones(2, dtype=torch.complex64)} if rank else {}),
         (folder / "a", {}, {"seed": 3} if rank else {}),
-    ):
+        (folder / "a", {}, [torch.ones(1)] if rank else {}),
+        (None if rank else folder / "a", {}, {}),
+    ]
+    for path, metadata, own in calls:
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            checkpoint.save(path, optimizer, metadata=metadata, rank_tensors=own)  # type: ignore[arg-type]
+            checkpoint.save(path, optimizer, metadata=metadata, rank_tensors=own)
         messages.append(str(caught.value))
-    return messages
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.load(None if rank else folder / "a", optimizer)  # type: ignore[arg-type]
+    return [*messages, str(caught.value)]
 
 
 def test_ranks_that_save_nonsense_are_told_so_together(tmp_path: Path) -> None:
+    parts = (
+        *("different paths", "rank 0: metadata must be", "rank 1: z has dtype", "rank 1: rank_"),
+        *("rank 1: AttributeError: 'list'", "rank 1: path=None is no path", "rank 1: path=None"),
+    )
     for messages in run_ranks(2, disagreeing, tmp_path):
-        for message, part in zip(
-            messages,
-            ("different paths", "rank 0: metadata must be", "rank 1: z has dtype", "rank 1: rank_"),
-            strict=True,
-        ):
+        for message, part in zip(messages, parts, strict=True):
             assert part in message
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("keep_latest", [True, 1.5, "3", 0])
+def test_a_wrong_number_to_keep_is_refused_before_anything_is_written(
+    keep_latest: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="keep_latest"):
+        checkpoint.save(tmp_path / "a", keep_latest=keep_latest)
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_optimizer_is_refused_by_its_type(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    other: Any = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match=r"is a AdamW\. Must be a distmuon\.Muon"):
+        checkpoint.save(tmp_path / "a", other)
+    checkpoint.save(tmp_path / "a", model=model)
+    with pytest.raises(TypeError, match=r"is a Linear.*model="):
+        checkpoint.load(tmp_path / "a", model)  # type: ignore[arg-type]
 
 
 EXITS = """

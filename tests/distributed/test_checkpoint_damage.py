@@ -254,3 +254,18 @@ def test_a_checkpoint_of_the_same_name_is_replaced_but_nothing_else(tmp_path: Pa
         with pytest.raises(checkpoint.CheckpointError, match=message):
             checkpoint.save(tmp_path / name, optimizer)
     assert (tmp_path / "thesis" / "chapter-1.tex").exists()
+
+
+def test_links_to_checkpoints_are_read_but_neither_replaced_nor_counted(tmp_path: Path) -> None:
+    """A link "last" was counted by keep_latest, renamed, and left behind under a hidden name."""
+    _, optimizer = build(torch.float32, None, seed=1)
+    link = tmp_path / "last"
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / f"step-{step}", optimizer, keep_latest=2)
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"step-{step}")
+    assert sorted(os.listdir(tmp_path)) == ["last", "step-2", "step-3"]
+    checkpoint.load(link, optimizer)
+    with pytest.raises(checkpoint.CheckpointError, match=r"symbolic link\. Save to .*step-3"):
+        checkpoint.save(link, optimizer)
+    assert sorted(os.listdir(tmp_path)) == ["last", "step-2", "step-3"]

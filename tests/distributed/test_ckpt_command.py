@@ -93,6 +93,17 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_a_checkpoint_is_not_resharded_onto_itself_by_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_one(tmp_path / "a")
+    for out in (tmp_path, tmp_path / "b" / ".."):
+        code, answer, _ = run(capsys, "reshard", tmp_path / "a", out / "a", "--ranks", 2)
+        assert code == 1
+        assert "is the checkpoint itself" in answer["error"]
+    assert read_manifest(tmp_path / "a").world_size == 1
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_reshard_writes_what_so_many_ranks_would_have(
     saved: tuple[Path, dict[str, Tensor]],
