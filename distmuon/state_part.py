@@ -178,7 +178,7 @@ def fill(part: StatePart, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
 
     Args:
         part: Where the state goes; its world size does not matter.
-        saved: Checked by `check_saved`; without an entry a parameter starts anew.
+        saved: Checked by `StateKeeper.check`; without an entry a parameter starts anew.
     """
     for row in part.rows():
         entry = saved.get(row.parameter, {})

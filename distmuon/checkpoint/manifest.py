@@ -1,7 +1,7 @@
 """What a checkpoint says about itself: `manifest.json`, written last and checked first.
 
 Everything else in a checkpoint is reached through its manifest, so a folder without a whole one is
-no checkpoint. [Note: format] in docs/checkpoints.md describes every key.
+no checkpoint. docs/checkpoints.md, "The manifest", describes every key.
 """
 
 from __future__ import annotations
