@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from distmuon import Muon, RankFailure
+from distmuon import CostModel, Muon, RankFailure
 from distmuon import optimizer as optimizer_module
 from distmuon.collectives import Communicator, Pending
 from distmuon.failure import Topic
@@ -30,6 +30,8 @@ DOOMED = 2
 # Beside one large matrix the small ones lie far from their owners: two waves in each direction.
 MATRICES = {"large": (61, 150)} | {f"small{i}": (20, 30) for i in range(6)}
 VECTORS = {"bias": (23,)}
+# Messages that cost nothing: balance alone decides, however small the matrices.
+FREE = CostModel(latency=1e-12, bandwidth=1e18, flops=1e9)
 
 How = Literal["kill", "sleep", "raise"]
 Mode = Literal["ddp", "hook", "owned"]
@@ -132,8 +134,15 @@ def train(mode: Mode, fate: Fate) -> Told:
     began = time.monotonic()
     try:
         optimizer = Muon(
-            groups, lr=1e-2, process_group=dist.group.WORLD, reduce=mode, wave_bytes=2400
+            groups,
+            lr=1e-2,
+            process_group=dist.group.WORLD,
+            reduce=mode,
+            wave_bytes=2400,
+            cost_model=FREE,
         )
+        if fate.phase in ("gather", "scatter"):
+            assert len(optimizer.plan[0].waves) == 3
         wrapped: nn.Module = DistributedDataParallel(model) if mode == "hook" else model
         if mode != "ddp":
             optimizer.attach(wrapped)

@@ -92,9 +92,10 @@ def test_the_page_tells_the_order_of_a_real_step() -> None:
         others = {n for r, n in entered if r in rooms} - {name for _, name in rows}
         assert others <= {
             "Shard.adopt",
-            "Shard.begin_step",
-            "Shard.first_nonfinite",
+            "Range.begin_step",
+            "Range.first_nonfinite",
             "adjust_lr_factor",
+            "check_splits",
         }
 
 
