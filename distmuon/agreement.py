@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple, NoReturn
@@ -10,6 +11,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from distmuon.collectives import Communicator
+from distmuon.failure import Topic
 from distmuon.options import MissingGrad
 from distmuon.plan import digest
 
@@ -45,7 +47,7 @@ def check_same_setup(communicator: Communicator, lines: Sequence[str]) -> None:
 
 def check_averaged(
     communicator: Communicator, names: Sequence[str], norms: Sequence[float | None]
-) -> None:
+) -> bool:
     """Refuse gradients that were not averaged over the ranks.
 
     Args:
@@ -53,14 +55,19 @@ def check_averaged(
         names: FQN of each parameter.
         norms: Norm of each whole gradient on this rank; None where there is none.
 
+    Returns:
+        Whether there was any gradient to look at, the same on every rank.
+
     Raises:
         RuntimeError: on every rank, naming the first parameter whose gradients differ.
     """
     everyone = communicator.collect(list(norms))
+    compared = False
     for name, *seen in zip(names, *everyone, strict=True):
         values = [value for value in seen if value is not None]
         if len(values) < len(seen) or not all(map(_finite, values)):
             continue  # `agree` says what is wrong with these
+        compared = True
         if max(values) - min(values) > _AVERAGED_RTOL * max(values):
             raise RuntimeError(
                 f"The gradients of {name} differ between ranks: their norms are "
@@ -68,6 +75,7 @@ def check_averaged(
                 "group before step(): wrap the model in DistributedDataParallel, and leave its "
                 "no_sync() context for the last micro-batch."
             )
+    return compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ def agree(
     counts = communicator.add_up([*map(int, finding.present), *found, mark, mark**2], device)
     *counts, nonfinite, problems, marks, squares = counts
     if problems:
-        _raise_problem(communicator, finding.problem)
+        _raise_problem(communicator, finding.problem, "step")
     # Equal numbers, and only those, reach Cauchy and Schwarz's bound.
     if communicator.world_size * squares != marks**2:
         _raise_options(communicator, finding.options)
@@ -144,12 +152,34 @@ def agree(
     return Verdict([count > 0 for count in counts], message)
 
 
-def _raise_problem(communicator: Communicator, problem: Exception | None) -> NoReturn:
+@contextmanager
+def together(communicator: Communicator, phase: str) -> Iterator[None]:
+    """Let every rank raise if what is inside goes wrong on one. A collective.
+
+    Args:
+        communicator: The group.
+        phase: What a rank cannot do then.
+
+    Raises:
+        RuntimeError: naming the first rank with a problem, where this rank has none.
+        ValueError: this rank's own problem, and so TypeError.
+    """
+    problem = None
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        problem = error
+    with communicator.during(Topic(phase)):
+        _raise_problem(communicator, problem, phase)
+
+
+def _raise_problem(communicator: Communicator, problem: Exception | None, phase: str) -> None:
     said = communicator.collect(str(problem) if problem is not None else None)
     if problem is not None:
         raise problem
-    rank, message = next((r, text) for r, text in enumerate(said) if text is not None)
-    raise RuntimeError(f"Rank {rank} cannot step: {message}")
+    for rank, message in enumerate(said):
+        if message is not None:
+            raise RuntimeError(f"Rank {rank} cannot {phase}: {message}")
 
 
 def _raise_options(communicator: Communicator, options: str) -> NoReturn:

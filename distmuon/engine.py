@@ -87,9 +87,10 @@ class Engine:
         """
         before.source.clear()
         carry_state(before.buckets, self.buckets, self._communicator)
-        for name in ("steps", "skipped", "calls", "expected", "norms", "_skipped_in_a_row"):
+        counts = "steps", "skipped", "calls", "expected", "_skipped_in_a_row"
+        for name in (*counts, "norms", "clock"):
             setattr(self, name, getattr(before, name))
-        self._communicator.step = self.steps + 1
+        self._communicator.step, self._communicator.clock = self.steps + 1, self.clock
 
     def attach(self, model: nn.Module) -> None:
         """Let the source register with a model. A collective.
@@ -295,8 +296,8 @@ class Engine:
             parameters = [p for bucket in self.buckets for p in bucket.spec.parameters]
             norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
             with self._communicator.during(Topic("setup", None, self._names)):
-                agreement.check_averaged(self._communicator, self._names, norms)
-            self._averages_unchecked = False
+                compared = agreement.check_averaged(self._communicator, self._names, norms)
+            self._averages_unchecked = not compared
         return self
 
     def _agree(self, ready: _Ready) -> agreement.Verdict:

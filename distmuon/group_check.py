@@ -71,8 +71,12 @@ def name_parameters(entries: Sequence[Any], index: int) -> list[tuple[str, Tenso
         (name, parameter) pairs.
 
     Raises:
-        TypeError: for an entry that is no tensor.
+        TypeError: for an entry that is neither a tensor nor a (FQN, tensor) pair.
     """
+    for entry in entries:
+        if isinstance(entry, tuple) and (len(entry) != 2 or not isinstance(entry[0], str)):
+            kinds = ", ".join(type(part).__name__ for part in entry)
+            raise TypeError(f"Group {index} has the entry ({kinds}). Must be (FQN, parameter).")
     named = [
         entry if isinstance(entry, tuple) else (f"group {index} parameter {position}", entry)
         for position, entry in enumerate(entries)
@@ -196,16 +200,23 @@ def join_names(known: Mapping[Tensor, str], named: Sequence[tuple[str, Tensor]])
         FQN of each parameter, the new ones last.
 
     Raises:
-        ValueError: if a parameter is there already.
+        ValueError: if a parameter is there already, or another one of its name.
     """
     names = dict(known)
+    taken = set(names.values())
     for name, parameter in named:
         if parameter in names:
             raise ValueError(
                 f"{name} is already in the optimizer as {names[parameter]}. Every parameter "
                 "must be in exactly one group, once; a tied weight is one parameter."
             )
+        if name in taken:
+            raise ValueError(
+                f"Two parameters are called {name}: their states could not be told apart in a "
+                "checkpoint. Give each its own FQN, for two models with a prefix."
+            )
         names[parameter] = name
+        taken.add(name)
     return names
 
 
@@ -227,7 +238,9 @@ def recheck_groups(
     """
     names: dict[Any, str] = {}
     for index, group in enumerate(groups):
-        entries = [(known[p], p) if p in known else p for p in group["params"]]
+        # Names by place change with the place; FQNs stay.
+        keeps = "param_names" in group
+        entries = [(known[p], p) if keeps and p in known else p for p in group["params"]]
         named = name_parameters(entries, index)
         check_group({**group, "params": named}, index)
         names = join_names(names, named)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distmuon import group_check
+from distmuon import agreement, group_check
 from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
@@ -166,14 +166,20 @@ class Muon(torch.optim.Optimizer):
         with "hook" or "owned", `attach` the model again (for "hook" in a new DDP).
 
         Raises:
-            RuntimeError: on every rank, if the ranks' groups differ; nothing has been changed then.
-            ValueError: as the constructor, and so TypeError.
+            RuntimeError: on every rank, if their groups differ, or those of another are wrong.
+            ValueError: as the constructor, and so TypeError. In either case nothing was changed.
         """
-        self._names = group_check.recheck_groups(self.param_groups, self._names)
-        if self._engine is not None:
-            engine = self._build()
-            engine.take_over(self._engine)
-            self._use(engine)
+        known = self._names
+        try:
+            with agreement.together(self._communicator, "refresh"):
+                self._names = group_check.recheck_groups(self.param_groups, known)
+            if self._engine is not None:
+                engine = self._build()
+                engine.take_over(self._engine)
+                self._use(engine)
+        except BaseException:
+            self._names = known
+            raise
         self._keeper.forget_gathered()
 
     @overload

@@ -91,7 +91,9 @@ def test_i1_refresh_keeps_every_bit_of_state_in_another_layout(
             assert torch.equal(result[name], value), f"{name} on rank {rank}"
 
 
-Change = Literal["forgotten", "by hand", "one rank", "frozen", "removed", "plan differs"]
+Change = Literal[
+    "forgotten", "by hand", "one rank", "frozen", "frozen on one", "removed", "plan differs"
+]
 
 
 def change(kind: Change) -> tuple[str, bool]:
@@ -113,8 +115,9 @@ def change(kind: Change) -> tuple[str, bool]:
             names = list(LATE)[dist.get_rank() :]
             optimizer.add_param_group(groups_of(model, names, ())[0])
             optimizer.refresh()
-        if kind == "frozen":
+        if kind == "frozen" or (kind == "frozen on one" and dist.get_rank() == 1):
             model["tall"].requires_grad_(False)
+        if kind.startswith("frozen"):
             optimizer.refresh()
         give_gradients(model, 1, model)
         optimizer.step()
@@ -129,6 +132,7 @@ def change(kind: Change) -> tuple[str, bool]:
         ("forgotten", "RuntimeError: The groups have [3, 2, 2] parameters now, and [3, 2] when"),
         ("one rank", "The groups have [3, 2, 2] parameters now, and [3, 2] when"),
         ("frozen", "ValueError: tall is frozen"),
+        ("frozen on one", "tall is frozen"),
         ("plan differs", "do not have the same optimizer as rank 0. First difference"),
         ("by hand", "no error"),
         ("removed", "no error"),
@@ -138,6 +142,30 @@ def test_changed_groups_are_never_silent(kind: Change, said: str) -> None:
     for message, unchanged in run_ranks(2, change, kind):
         assert said in message
         assert unchanged == (said != "no error"), "nothing was changed before the error"
+
+
+def test_refresh_keeps_the_seconds_of_the_steps_so_far() -> None:
+    model = build(torch.float32)
+    optimizer = Muon(groups_of(model, MATRICES, VECTORS), profile="phases")
+    give_gradients(model, 0, [*MATRICES, *VECTORS])
+    optimizer.step()
+    before = optimizer.report().seconds
+    optimizer.refresh()
+    assert optimizer.report().seconds == before
+    give_gradients(model, 1, [*MATRICES, *VECTORS])
+    optimizer.step()
+    assert optimizer.report().seconds["newton-schulz"] > before["newton-schulz"]
+
+
+def test_names_by_place_follow_the_place() -> None:
+    matrices = [nn.Parameter(torch.randn(4, 5)) for _ in range(4)]
+    optimizer = Muon(matrices[:3])
+    listed = optimizer.param_groups[0]["params"]
+    del listed[0]
+    listed.append(matrices[3])  # would be called as the last one was
+    optimizer.refresh()
+    names = list(optimizer.parameter_names.values())
+    assert names == [f"group 0 parameter {place}" for place in range(3)]
 
 
 def unfreeze(reduce: Literal["owned", "hook"], then: Literal["step", "refresh"]) -> tuple[str, Any]:

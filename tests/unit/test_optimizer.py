@@ -288,6 +288,13 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "b is already in the optimizer as a",
     ),
     (lambda: Muon([("a", MATRIX), ("a2", MATRIX)]), ValueError, "a2 is already"),
+    (
+        lambda: Muon([("a", MATRIX), ("a", nn.Parameter(torch.randn(3, 4)))]),
+        ValueError,
+        "Two parameters are called a",
+    ),
+    (lambda: Muon([("a",)]), TypeError, r"Group 0 has the entry \(str\)"),
+    (lambda: Muon([(3, MATRIX)]), TypeError, r"Group 0 has the entry \(int, Parameter\)"),
     (lambda: Muon([MATRIX], lr=-1.0), ValueError, r"Invalid lr=-1\.0 in group 0"),
     (lambda: Muon([MATRIX], lr=float("nan")), ValueError, "Invalid lr=nan"),
     (lambda: Muon([MATRIX], lr="fast"), TypeError, "Invalid lr='fast'"),  # type: ignore[arg-type]
