@@ -49,6 +49,8 @@ class CostModel:
 
     def __post_init__(self) -> None:
         """Check every value; order the measured shapes, so that equal models look equal."""
+        if not isinstance(self.measured, Mapping):
+            raise TypeError(f"Invalid measured={self.measured!r}. Must be a mapping from (m, n).")
         rates = {key: getattr(self, key) for key in ("latency", "bandwidth", "flops")}
         times = {f"measured[{shape}]": value for shape, value in self.measured.items()}
         for key, value in {**rates, **times}.items():

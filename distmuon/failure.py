@@ -243,6 +243,11 @@ def explain(verdict: Verdict, rank: int, global_ranks: Sequence[int]) -> str:
         )
     if verdict.reason == "raised":
         return f"{who} stopped with an error: {verdict.text}."
+    if verdict.reason == "apart" and ";" not in verdict.text:
+        return (
+            f"a message failed, and all ranks stand in the same place: {verdict.text}. One of them "
+            "came later than the process group's timeout allows, or the network failed."
+        )
     if verdict.reason == "apart":
         return (
             f"a message failed though no rank is missing: {verdict.text}. Either the ranks do not "

@@ -252,6 +252,24 @@ def test_gradients_that_were_not_averaged_are_refused_on_every_rank() -> None:
     assert "DistributedDataParallel" in messages[0]
 
 
+def unaveraged_later() -> list[str]:
+    weight = nn.Parameter(torch.ones(4, 5))
+    optimizer = Muon([("weight", weight)], process_group=dist.group.WORLD)
+    said = []
+    for gradient in (None, torch.full_like(weight, 1.0 + dist.get_rank())):
+        weight.grad = gradient
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        said.append(str(error.value))
+    return said
+
+
+def test_a_step_without_gradients_does_not_use_up_the_look_whether_they_are_averaged() -> None:
+    for empty, unlike in run_ranks(2, unaveraged_later):
+        assert "No parameter has a gradient" in empty
+        assert "gradients of weight differ between ranks" in unlike
+
+
 Damage = Literal["missing", "nan"]
 
 

@@ -31,6 +31,8 @@ def test_rates_must_be_numbers(value: Any) -> None:
 
 
 def test_measured_times_must_be_positive_and_name_the_shape() -> None:
+    with pytest.raises(TypeError, match="Invalid measured=3"):
+        model(measured=3)
     with pytest.raises(ValueError, match=r"measured\[\(4, 6\)\]=0"):
         model(measured={(4, 6): 0.0})
 

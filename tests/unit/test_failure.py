@@ -70,6 +70,8 @@ def test_a_store_that_never_answers_cannot_hold_a_rank_up() -> None:
         (Verdict((1,), "gone", ""), "ranks [1] of the process group (global ranks [5]) are gone"),
         (Verdict((0,), "silent", "x"), "the other ranks gave up on this rank"),
         (Verdict((), "unknown", ""), "could not be asked"),
+        (Verdict((), "apart", "ranks [0] in agree; ranks [1] in clip"), "the same program"),
+        (Verdict((), "apart", "ranks [0, 1] in agree"), "came later than"),
     ],
 )
 def test_a_verdict_is_told_in_ranks_of_the_group_and_of_the_job(
