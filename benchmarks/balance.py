@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distmuon.choice import predict
+from distmuon.choice import choose, predict
 from distmuon.cost import default_cost_model
 from distmuon.layout import LayoutKind, TensorSpec
 from distmuon.options import MAX_SPLIT
 from distmuon.ownership import assign
-from distmuon.plan import build_plan
+from distmuon.plan import build_plan, describe, digest
 from distmuon.split_plan import moved_pieces
 from distmuon.splits import Sharing, packed_numel
 
@@ -160,12 +160,20 @@ def print_splits(models: Sequence[str], world_sizes: Sequence[int]) -> None:
 
 
 def print_scale(world_size: int) -> None:
-    """Plan the largest model on many ranks: all owners, one rank's transfers."""
+    """Plan the largest model on many ranks: all owners, the digest, one rank's transfers."""
     for stacked in (False, True):
         specs = kimi_k2(stacked=stacked)
-        for layout in LAYOUTS:
+        for layout in (*LAYOUTS, "auto"):
             start, cpu = time.perf_counter(), time.process_time()
-            ownership = assign(specs, world_size, layout=layout)
+            ownership = choose(
+                specs,
+                world_size,
+                layout=layout,
+                model=default_cost_model("cuda"),
+                wave_numel=WAVE_NUMEL,
+                itemsize=2,
+            )
+            digest(describe(ownership.parameters, ownership.describe_owners()))
             build_plan(ownership, world_size // 2, wave_numel=WAVE_NUMEL)
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

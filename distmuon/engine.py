@@ -85,12 +85,12 @@ class Engine:
         Args:
             before: The engine so far; of no more use afterwards.
         """
-        before.source.clear()
-        carry_state(before.buckets, self.buckets, self._communicator)
         counts = "steps", "skipped", "calls", "expected", "_skipped_in_a_row"
         for name in (*counts, "norms", "clock"):
             setattr(self, name, getattr(before, name))
         self._communicator.step, self._communicator.clock = self.steps + 1, self.clock
+        before.source.clear()
+        carry_state(before.buckets, self.buckets, self._communicator)
 
     def attach(self, model: nn.Module) -> None:
         """Let the source register with a model. A collective.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from typing_extensions import override
 
 from distmuon.buckets import BucketSpec
 from distmuon.collectives import Communicator
+from distmuon.cost import default_cost_model
 from distmuon.engine import Engine
 from distmuon.norms import GradientNorms
+from distmuon.ownership import Ownership
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Report:
         matrices_owned: Those that this rank orthogonalizes.
         newton_schulz_calls: Matrices that this rank has orthogonalized, summed over the steps.
         newton_schulz_expected: Owned matrices that had a gradient, summed over the steps.
+        loads: Operations of Newton-Schulz that each rank does in a step in which every matrix has a
+            gradient, as planned: by `newton_schulz_cost`, five steps of the plain form.
         bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
             matrices, "gram" and "transform" of matrices that several ranks share, "reduce" of
             gradients (hook and owned only), "publish" of parameters, "agree" on whether and how to
@@ -49,6 +53,7 @@ class Report:
     matrices_owned: int
     newton_schulz_calls: int
     newton_schulz_expected: int
+    loads: tuple[int, ...]
     bytes_sent: Mapping[str, int]
     gradient_norms: GradientNorms | None
     seconds: Mapping[str, float]
@@ -93,6 +98,7 @@ def make_report(
         matrices_owned=owners.count(communicator.rank),
         newton_schulz_calls=engine.calls if engine else 0,
         newton_schulz_expected=engine.expected if engine else 0,
+        loads=planned_loads(spec.ownership for spec in muon if spec.ownership),
         bytes_sent=dict(communicator.bytes_sent),
         gradient_norms=engine.norms if engine else None,
         seconds=engine.clock.seconds() if engine else {},
@@ -100,3 +106,16 @@ def make_report(
         muon_parameters=sum(spec.numel for spec in muon),
         adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),
     )
+
+
+def planned_loads(ownerships: Iterable[Ownership]) -> tuple[int, ...]:
+    """Newton-Schulz operations of each rank in one step.
+
+    Args:
+        ownerships: Who orthogonalizes what, over the same ranks.
+
+    Returns:
+        One count per rank, as `newton_schulz_cost` counts.
+    """
+    formula = default_cost_model("cpu")  # any model without measured times counts alike
+    return tuple(map(sum, zip(*(each.loads(formula) for each in ownerships), strict=True)))

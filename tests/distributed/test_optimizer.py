@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distmuon import CostModel, Muon, Report
+from distmuon.cost import newton_schulz_cost
 from distmuon.plan import ExchangePlan
 from tests.harness import run_ranks
 
@@ -94,6 +95,11 @@ def test_i1_five_steps_are_bitwise_those_of_one_process(
     assert cut == set(range(world_size)), "a matrix is cut by every rank"
     assert sum(report.newton_schulz_calls for report in reports) == 5 * MATRICES
     assert sum(report.matrices_owned for report in reports) == MATRICES
+    assert len({report.loads for report in reports}) == 1
+    matrices = [spec.shape for spec in plans[0][0].ownership.layout.specs]
+    assert sum(reports[0].loads) == sum(map(newton_schulz_cost, matrices))
+    for report in reports:
+        assert (report.loads[report.rank] > 0) == (report.matrices_owned > 0)
 
 
 def _index(plan: ExchangePlan, name: str) -> int:

@@ -27,7 +27,7 @@ from distmuon.group_check import check_group
 from distmuon.options import ALGORITHMS, NsDtype, read_options
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan
-from distmuon.report import Report
+from distmuon.report import Report, planned_loads
 from distmuon.update_rules import AdjustLrFn
 from distmuon.version import __version__
 
@@ -251,6 +251,11 @@ class ZeroOrtho(torch.optim.Optimizer):
             matrices_owned=sum(len(plan.owned) for plan in plans),
             newton_schulz_calls=self._calls,
             newton_schulz_expected=self._expected,
+            loads=planned_loads(
+                plan.ownership
+                for plan in plans
+                if plan.ownership.layout.world_size == first.world_size
+            ),
             bytes_sent=dict(sent),
             gradient_norms=None,
             state_bytes=sum(
