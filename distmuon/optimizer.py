@@ -42,6 +42,11 @@ class Muon(torch.optim.Optimizer):
 
     Without a process group the same path runs with nothing to send. At the first step the
     parameters become views of flat buffers. See `reduce` for who averages the gradients.
+
+    Attributes:
+        communicator: The ranks that the state is sharded over.
+        policy: How they work together.
+        keeper: The state as dictionaries, for adapters that save it in their own way.
     """
 
     def __init__(  # noqa: PLR0913 - torch.optim.Muon's signature, then ours
@@ -115,15 +120,15 @@ class Muon(torch.optim.Optimizer):
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
         last = layout, cost_model, max_split, split_dtype, profile
-        self._policy = Policy(
+        self.policy = Policy(
             reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *last
         )
-        self._communicator = Communicator(process_group)
+        self.communicator = Communicator(process_group)
         # Where p.grad is not what is used, a GradScaler has to show itself to step().
-        self._step_supports_amp_scaling = reduce != "ddp" and self._communicator.world_size > 1
+        self._step_supports_amp_scaling = reduce != "ddp" and self.communicator.world_size > 1
         self._names: dict[Tensor, str] = {}
         self._engine: Engine | None = None
-        self._keeper = StateKeeper(self._communicator, state_dict_kind)
+        self.keeper = StateKeeper(self.communicator, state_dict_kind)
         defaults: dict[str, Any] = {
             "algorithm": "muon",
             "lr": lr,
@@ -156,7 +161,7 @@ class Muon(torch.optim.Optimizer):
         group = {key: value for key, value in param_group.items() if key != "reasons"}
         super().add_param_group({**group, "params": entries})
         self._names = names
-        self._keeper.mark(self.state, self.param_groups)
+        self.keeper.mark(self.state, self.param_groups)
 
     def refresh(self) -> None:
         """Lay the parameters out anew after the groups have changed. A collective.
@@ -169,18 +174,14 @@ class Muon(torch.optim.Optimizer):
             RuntimeError: on every rank, if their groups differ, or those of another are wrong.
             ValueError: as the constructor, and so TypeError. In either case nothing was changed.
         """
-        known = self._names
-        try:
-            with agreement.together(self._communicator, "refresh"):
-                self._names = group_check.recheck_groups(self.param_groups, known)
-            if self._engine is not None:
-                engine = self._build()
-                engine.take_over(self._engine)
-                self._use(engine)
-        except BaseException:
-            self._names = known
-            raise
-        self._keeper.forget_gathered()
+        with agreement.together(self.communicator, "refresh"):
+            names = group_check.recheck_groups(self.param_groups, self._names)
+        if self._engine is not None:
+            engine = self._build(names)
+            engine.take_over(self._engine)
+            self._use(engine)
+        self._names = names
+        self.keeper.forget_gathered()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -204,8 +205,8 @@ class Muon(torch.optim.Optimizer):
             FloatingPointError: if a gradient is not finite; nothing has been changed then.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self._keeper.forget_gathered()
-        engine = self._ready()
+        self.keeper.forget_gathered()
+        engine = self._open().check_averaged()
         # A GradScaler sets both around its step().
         found_inf, scale = (getattr(self, key, None) for key in ("found_inf", "grad_scale"))
         if found_inf is None or engine.settle_scale(found_inf, scale) == "step":
@@ -214,7 +215,7 @@ class Muon(torch.optim.Optimizer):
 
     def unscale_(self, factor: float) -> bool:
         """For `GradScaler`: multiply the averaged gradients. A collective; `Engine.unscale`."""
-        return self._ready().unscale(factor)
+        return self._open().check_averaged().unscale(factor)
 
     def attach(self, model: nn.Module) -> None:
         """Let the optimizer average a model's gradients, from now on. A collective.
@@ -272,18 +273,13 @@ class Muon(torch.optim.Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"Invalid {max_norm=}. Must be > 0.")
-        return self._ready().clip(max_norm)
+        return self._open().check_averaged().clip(max_norm)
 
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
         """This rank's plan for each flat buffer of matrices, also before the first step."""
-        rank, wave_numel = self._communicator.rank, self._policy.wave_numel
+        rank, wave_numel = self.communicator.rank, self.policy.wave_numel
         return tuple(plan for spec in self._specify() if (plan := spec.plan(rank, wave_numel)))
-
-    @property
-    def communicator(self) -> Communicator:
-        """The ranks that the state is sharded over."""
-        return self._communicator
 
     @property
     def parameter_names(self) -> Mapping[Tensor, str]:
@@ -293,16 +289,12 @@ class Muon(torch.optim.Optimizer):
     def open(self, mode: Literal["read", "write"] = "read") -> Sequence[Bucket]:
         """The live buffers, made if need be; "write" forgets what was gathered. A collective."""
         if mode == "write":
-            self._keeper.forget_gathered()
+            self.keeper.forget_gathered()
         return self._open().buckets
 
     def report(self) -> Report:
-        """What this rank has done so far. Never a collective.
-
-        Returns:
-            Counts of matrices, Newton-Schulz calls and bytes.
-        """
-        return make_report(self._specify(), self._communicator, self._engine)
+        """What this rank has done so far: counts, bytes, times. Never a collective."""
+        return make_report(self._specify(), self.communicator, self._engine)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the whole state on one rank, for `state_dict` until the next step. A collective.
@@ -314,7 +306,7 @@ class Muon(torch.optim.Optimizer):
             ValueError: if `to` is not a rank of the group.
             RuntimeError: if `state_dict` returns handles.
         """
-        self._keeper.consolidate(to=to)
+        self.keeper.consolidate(to=to)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """State by FQN in handles for torch.distributed.checkpoint. Never a collective.
@@ -326,7 +318,7 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ValueError: if the parameters have no names.
         """
-        return key_by_name(self._pack(self._keeper.sharded(self._specify())))
+        return key_by_name(self._pack(self.keeper.sharded(self._specify())))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -342,8 +334,8 @@ class Muon(torch.optim.Optimizer):
             RuntimeError: over several ranks, each of which holds a part, unless this rank has just
                 received the whole from `consolidate_state_dict`.
         """
-        reference = self._keeper.reference()
-        return reference or self._pack(self._keeper.to_save(self._specify()))
+        reference = self.keeper.reference()
+        return reference or self._pack(self.keeper.to_save(self._specify()))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -358,16 +350,16 @@ class Muon(torch.optim.Optimizer):
             ValueError: for other groups, hyperparameters out of range, or state that is partial,
                 foreign or misshaped, naming the parameter; nothing has been changed then.
         """
-        if self._keeper.follows(state_dict):
+        if self.keeper.follows(state_dict):
             return
         groups = state_dict["param_groups"]
         merged = group_check.merge_groups(self.param_groups, self._names, groups)
         specs = self._specify()
-        saved = self._keeper.check(specs, self.param_groups, merged, state_dict["state"])
+        saved = self.keeper.check(specs, self.param_groups, merged, state_dict["state"])
         # torch's own loading of state would cast momentum to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
-        self._keeper.load(specs, saved)
-        self._keeper.mark(self.state, self.param_groups)
+        self.keeper.load(specs, saved)
+        self.keeper.mark(self.state, self.param_groups)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -377,24 +369,23 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _specify(self) -> list[BucketSpec]:
-        return [each.spec for each in self._engine.buckets] if self._engine else self._lay_out()
+        if self._engine is not None:
+            return [bucket.spec for bucket in self._engine.buckets]
+        return self._lay_out(self._names)
 
-    def _lay_out(self) -> list[BucketSpec]:
-        return specify(self.param_groups, self._names, self._communicator.world_size, self._policy)
-
-    def _ready(self) -> Engine:
-        return self._open().check_averaged()
+    def _lay_out(self, names: Mapping[Tensor, str]) -> list[BucketSpec]:
+        return specify(self.param_groups, names, self.communicator.world_size, self.policy)
 
     def _open(self) -> Engine:
-        return self._engine or self._use(self._build())
+        return self._engine or self._use(self._build(self._names))
 
-    def _build(self) -> Engine:
-        return Engine(self._lay_out(), self.param_groups, self._policy, self._communicator)
+    def _build(self, names: Mapping[Tensor, str]) -> Engine:
+        return Engine(self._lay_out(names), self.param_groups, self.policy, self.communicator)
 
     def _use(self, engine: Engine) -> Engine:
-        self._keeper.open(engine.buckets)
+        self.keeper.open(engine.buckets)
         self._engine = engine
-        self._keeper.mark(self.state, self.param_groups)
+        self.keeper.mark(self.state, self.param_groups)
         return engine
 
     def _pack(self, state: StateByParameter) -> dict[str, Any]:
@@ -402,4 +393,4 @@ class Muon(torch.optim.Optimizer):
         try:
             return super().state_dict()
         finally:
-            self._keeper.mark(self.state, self.param_groups)
+            self.keeper.mark(self.state, self.param_groups)

@@ -61,7 +61,7 @@ def attach(
             "This optimizer was not prepared. Call model, optimizer = "
             "accelerator.prepare(model, optimizer) first, then attach(accelerator, optimizer)."
         )
-    if muon._policy.reduce != "ddp" and accelerator.num_processes > 1:
+    if muon.policy.reduce != "ddp" and accelerator.num_processes > 1:
         _reduce(accelerator, muon, model)
     index = prepared.index(muon)
     folder = FOLDER if index == 0 else f"{FOLDER}_{index}"
@@ -81,7 +81,7 @@ def save_state(folder: Path, muon: Muon) -> None:
         muon: The optimizer.
     """
     checkpoint.save(folder, muon)
-    muon._keeper.saved_in(folder.name)
+    muon.keeper.saved_in(folder.name)
 
 
 def load_state(folder: Path, muon: Muon) -> None:
@@ -94,7 +94,7 @@ def load_state(folder: Path, muon: Muon) -> None:
     # Without the folder it is one process's ordinary file, or load_state_dict says what is missing.
     if folder.is_dir():
         checkpoint.load(folder, muon)
-        muon._keeper.loaded_from(folder.name)
+        muon.keeper.loaded_from(folder.name)
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> Muon:
@@ -134,7 +134,7 @@ def _refuse_unsupported(accelerator: Accelerator, muon: Muon) -> None:
             f"{accelerator.num_processes}. Build the Accelerator first, then "
             "Muon(..., process_group=torch.distributed.group.WORLD)."
         )
-    reduce = muon._policy.reduce
+    reduce = muon.policy.reduce
     if reduce != "ddp" and accelerator.scaler is not None:
         raise ValueError(
             f'mixed_precision="fp16" scales p.grad, but with reduce="{reduce}" the averaged '
@@ -144,7 +144,7 @@ def _refuse_unsupported(accelerator: Accelerator, muon: Muon) -> None:
 
 def _reduce(accelerator: Accelerator, muon: Muon, model: nn.Module | None) -> None:
     """Let the optimizer average the gradients, and everything that asks for them ask it."""
-    reduce = muon._policy.reduce
+    reduce = muon.policy.reduce
     modules = [] if model is None else list(model.modules())
     wrapper = next((each for each in modules if isinstance(each, DistributedDataParallel)), None)
     if model is None or (reduce == "hook") != (wrapper is not None):

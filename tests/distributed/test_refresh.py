@@ -151,7 +151,8 @@ def test_refresh_keeps_the_seconds_of_the_steps_so_far() -> None:
     optimizer.step()
     before = optimizer.report().seconds
     optimizer.refresh()
-    assert optimizer.report().seconds == before
+    # The refresh itself is on top.
+    assert optimizer.report().seconds.items() >= before.items()
     give_gradients(model, 1, [*MATRICES, *VECTORS])
     optimizer.step()
     assert optimizer.report().seconds["newton-schulz"] > before["newton-schulz"]
