@@ -86,11 +86,13 @@ class Engine:
             before: The engine so far; of no more use afterwards.
         """
         counts = "steps", "skipped", "calls", "expected", "_skipped_in_a_row"
-        for name in (*counts, "norms", "clock"):
+        for name in (*counts, "norms"):
             setattr(self, name, getattr(before, name))
-        self._communicator.step, self._communicator.clock = self.steps + 1, self.clock
+        self._communicator.step = self.steps + 1
         before.source.clear()
         carry_state(before.buckets, self.buckets, self._communicator)
+        # Only now: this was no part of a step.
+        self.clock = self._communicator.clock = before.clock
 
     def attach(self, model: nn.Module) -> None:
         """Let the source register with a model. A collective.
