@@ -151,8 +151,7 @@ def test_refresh_keeps_the_seconds_of_the_steps_so_far() -> None:
     optimizer.step()
     before = optimizer.report().seconds
     optimizer.refresh()
-    # The refresh itself is on top.
-    assert optimizer.report().seconds.items() >= before.items()
+    assert optimizer.report().seconds == before
     give_gradients(model, 1, [*MATRICES, *VECTORS])
     optimizer.step()
     assert optimizer.report().seconds["newton-schulz"] > before["newton-schulz"]
