@@ -5,7 +5,9 @@
 Every variant has a model of its own; they take turns, one step each, so that a change in the
 machine's speed meets all of them. torch.optim.Muon always casts to bfloat16 for Newton-Schulz,
 which CPUs without bf16 units emulate at a fraction of the speed: its cast is taken out, so that all
-compute in fp32 (the `-bf16` variants leave it in). One JSON line per variant goes to --out.
+compute in fp32 (the `-bf16` variants leave it in). DeepSpeed's own Muon computes in fp32
+too; it is left out with a line if DeepSpeed is not installed. One JSON line per variant goes to
+--out.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -22,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,18 +40,20 @@ from distmuon import Muon
 
 
 class Block(nn.Module):
-    """The four matrices of a GPT block; attention itself is left out: the forward is to be tiny."""
+    """The matrices of a GPT block; attention itself is left out: the forward is to be tiny."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, qkv: Literal["fused", "separate"]) -> None:
         super().__init__()
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        parts = [3 * dim] if qkv == "fused" else [dim] * 3
+        self.qkv = nn.ModuleList(nn.Linear(dim, rows, bias=False) for rows in parts)
         self.proj = nn.Linear(dim, dim, bias=False)
         self.fc = nn.Linear(dim, 4 * dim, bias=False)
         self.fc2 = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual products only, [b, dim] to [b, dim]."""
-        x = x + self.proj(self.qkv(x).chunk(3, dim=-1)[2])
+        q, k, v = torch.cat([part(x) for part in self.qkv], dim=-1).chunk(3, dim=-1)
+        x = x + self.proj(q + k + v)
         out: Tensor = x + self.fc2(torch.relu(self.fc(x)))
         return out
 
@@ -58,13 +64,15 @@ class Case:
 
     Attributes:
         wrapped: What the forward pass calls.
-        optimizer: What steps.
+        optimizer: What steps; an optimizer or DeepSpeed's engine.
         dtype: "bf16" leaves torch.optim.Muon's cast in.
+        backward: Takes the loss.
     """
 
     wrapped: nn.Module
-    optimizer: Optimizer
+    optimizer: Any
     dtype: str = "fp32"
+    backward: Callable[[Tensor], object] = Tensor.backward
 
 
 Factory = Callable[[nn.Module], Case]
@@ -105,11 +113,30 @@ def _zero(model: nn.Module, kind: type[Optimizer], **options: object) -> Case:
     return Case(wrapped, optimizer)
 
 
+def _deepspeed(model: nn.Module, method: str) -> Case:
+    import deepspeed
+    from deepspeed.runtime.zero.muon import original_muon
+
+    # Or it compiles a C++ extension for messages between processes of one machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    original_muon.ns_compute_dtype = lambda method: torch.float32
+    own = {"ns_method": method, "torch_adam": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "momentum": 0.95, **own}},
+        "zero_optimization": {"stage": 1},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return Case(engine, engine, backward=engine.backward)
+
+
 VARIANTS: dict[str, Factory] = {
     "adamw-ddp": lambda m: Case(_ddp(m), torch.optim.AdamW(m.parameters())),
     "adamw-zero": lambda m: _zero(m, torch.optim.AdamW),
     "muon-ddp": _torch_muon,
     "muon-zero": lambda m: _zero(m, torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
+    "muon-deepspeed": lambda m: _deepspeed(m, "standard"),
+    "muon-deepspeed-gram": lambda m: _deepspeed(m, "gram"),
     "distmuon-ddp-keller": lambda m: _distmuon(m, "ddp", "keller"),
     "distmuon-ddp": lambda m: _distmuon(m, "ddp", "p5"),
     "distmuon-hook": lambda m: _distmuon(m, "hook", "p5"),
@@ -146,7 +173,7 @@ def _one_step(case: Case, x: Tensor) -> Times:
     wall, cpu = time.perf_counter(), time.process_time()
     with _newton_schulz_in(case.dtype):
         case.optimizer.zero_grad()
-        case.wrapped(x).square().mean().backward()
+        case.backward(case.wrapped(x).square().mean())
         began = time.perf_counter()
         case.optimizer.step()
         optimizer = time.perf_counter() - began
@@ -157,6 +184,11 @@ def _one_step(case: Case, x: Tensor) -> Times:
 
 def _rank(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     torch.set_num_threads(1)
+    # What DeepSpeed reads; torch.compile is off because its compilation is no part of a step.
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.ranks}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": 0, "DS_ACCELERATOR": "cpu"}
+    os.environ.update({key: str(value) for key, value in (ranks | address).items()})
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
@@ -167,9 +199,8 @@ def _rank(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     cases = {}
     for name in options.variants:
         torch.manual_seed(0)
-        cases[name] = VARIANTS[name](
-            nn.Sequential(*(Block(options.dim) for _ in range(options.blocks)))
-        )
+        blocks = [Block(options.dim, options.qkv) for _ in range(options.blocks)]
+        cases[name] = VARIANTS[name](nn.Sequential(*blocks))
     x = torch.randn(8, options.dim, generator=torch.Generator().manual_seed(rank))
     times: dict[str, list[Times]] = {name: [] for name in cases}
     for repeat in range(options.warmup + options.repeats):
@@ -215,21 +246,28 @@ def _write(options: argparse.Namespace, everyone: list[dict[str, list[Times]]]) 
         "ranks": options.ranks,
         "dim": options.dim,
         "blocks": options.blocks,
+        "qkv": options.qkv,
+        "load": round(os.getloadavg()[0], 1),
         "repeats": options.repeats,
     }
     if options.out:
         with Path(options.out).open("a") as file:
             file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
-    peers = [float(row["wall_ms"]) for row in rows if str(row["variant"]).startswith("muon-")]
-    best = min(peers, default=float("nan"))
+    rivals = [row for row in rows if str(row["variant"]).startswith("muon-")]
+    best, best_cpu = (
+        min((float(row[key]) for row in rivals), default=float("nan"))
+        for key in ("wall_ms", "cpu_ms_per_rank")
+    )
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print("| variant | wall ms, median (min to max) | CPU ms per rank | step() ms | / best peer |")
+    print(
+        "| variant | wall ms, median (min to max) | / best Muon peer | CPU ms per rank | / best |"
+    )
     print("|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['variant']} | {row['wall_ms']} ({row['wall_min_ms']} to {row['wall_max_ms']}) "
-            f"| {row['cpu_ms_per_rank']} | {row['optimizer_ms']} "
-            f"| {float(row['wall_ms']) / best:.2f} |"
+            f"| {float(row['wall_ms']) / best:.2f} | {row['cpu_ms_per_rank']} "
+            f"| {float(row['cpu_ms_per_rank']) / best_cpu:.2f} |"
         )
 
 
@@ -245,7 +283,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
     parser.add_argument("--out", help="file to append JSON lines to")
+    parser.add_argument("--qkv", choices=["fused", "separate"], default="fused")
     options = parser.parse_args()
+    if importlib.util.find_spec("deepspeed") is None:
+        left_out = [name for name in options.variants if "deepspeed" in name]
+        options.variants = [name for name in options.variants if name not in left_out]
+        print(f"DeepSpeed is not installed: without {', '.join(left_out)}")
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (options, f"{folder}/rendezvous"), nprocs=options.ranks)
 

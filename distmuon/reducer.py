@@ -73,8 +73,12 @@ class Reducer:
             parts = pending.wait().view(world_size, -1)
             for member, segment, start in plan.mine:
                 grad = self._grads[member.bucket]
-                total = parts[:, start : start + segment.numel].to(grad.dtype).sum(dim=0)
-                grad[segment.shard_start :][: segment.numel] = total.div_(world_size)
+                total = grad[segment.shard_start :][: segment.numel]
+                first, *others = parts[:, start : start + segment.numel]
+                total.copy_(first)
+                for part in others:
+                    total.add_(part)
+                total.div_(world_size)
         self._flying = {}
         return self._grads
 

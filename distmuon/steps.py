@@ -13,7 +13,7 @@ from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.parts import check_parts
 from distmuon.phases import PhaseClock
-from distmuon.shard import Range
+from distmuon.shard import Range, Run
 from distmuon.split_exchange import SplitJob
 
 _DTYPES: dict[NsDtype, torch.dtype] = {
@@ -22,6 +22,9 @@ _DTYPES: dict[NsDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Elements of a piece for the elementwise rules on CPUs. Their several passes then find it in the
+# cache: AdamW took 59 ms in one piece and 31 in these (10.6 M elements); smaller ones gain no more.
+_PIECE_NUMEL = 2**20
 
 
 def muon_step(
@@ -50,7 +53,7 @@ def muon_step(
     assert exchange is not None, "a Muon bucket has an exchange"
     assert bucket.split is not None, "a Muon bucket has an exchange for split matrices"
     assert ownership is not None, "a Muon bucket has owners"
-    runs = shard.begin_step(present, bucket.spec.groups)
+    runs = _pieces(shard.begin_step(present, bucket.spec.groups), update.device)
     momentum_buffer = shard.state["momentum_buffer"]
     with clock("momentum"):
         for group, _, start, stop in runs:
@@ -105,7 +108,8 @@ def adamw_step(
     """
     shard = bucket.shard
     with clock("adamw"):
-        for group, step, start, stop in shard.begin_step(present, bucket.spec.groups):
+        runs = shard.begin_step(present, bucket.spec.groups)
+        for group, step, start, stop in _pieces(runs, grad.device):
             update_rules.adamw_(
                 shard.master[start:stop],
                 grad[start:stop],
@@ -117,6 +121,17 @@ def adamw_step(
                 eps=options[group].eps,
                 weight_decay=options[group].weight_decay,
             )
+
+
+def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
+    """The same runs, on CPUs in pieces that fit into a cache."""
+    if device.type != "cpu":
+        return list(runs)
+    return [
+        run._replace(start=start, stop=min(start + _PIECE_NUMEL, run.stop))
+        for run in runs
+        for start in range(run.start, run.stop, _PIECE_NUMEL)
+    ]
 
 
 def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:

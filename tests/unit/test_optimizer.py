@@ -187,6 +187,23 @@ def test_noncontiguous_gradients_and_parameters_give_the_same_update() -> None:
     assert torch.equal(plain, turned)
 
 
+def test_a_range_longer_than_a_piece_is_updated_to_its_end() -> None:
+    size = 2**20 + 3  # a piece is 2**20
+    matrix, vector, theirs = map(
+        nn.Parameter, (torch.ones(4, 8), torch.ones(size), torch.ones(size))
+    )
+    groups = [{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}]
+    ours = Muon(groups, lr=1e-2, weight_decay=0.1)
+    torchs = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    for _ in range(2):
+        matrix.grad = torch.randn(4, 8)
+        vector.grad = torch.randn(size)
+        theirs.grad = vector.grad.clone()
+        ours.step()
+        torchs.step()
+    assert torch.equal(vector, theirs)
+
+
 def test_storage_replaced_between_steps_is_taken_in() -> None:
     (matrix,) = parameters((6, 6))
     optimizer = Muon([matrix], weight_decay=0.0)
