@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distmuon import Muon, checkpoint
+from distmuon import GradScaler, Muon, checkpoint
 
 try:
     from accelerate import Accelerator
@@ -134,12 +134,6 @@ def _refuse_unsupported(accelerator: Accelerator, muon: Muon) -> None:
             f"{accelerator.num_processes}. Build the Accelerator first, then "
             "Muon(..., process_group=torch.distributed.group.WORLD)."
         )
-    reduce = muon.policy.reduce
-    if reduce != "ddp" and accelerator.scaler is not None:
-        raise ValueError(
-            f'mixed_precision="fp16" scales p.grad, but with reduce="{reduce}" the averaged '
-            'gradients are elsewhere. Use mixed_precision="bf16", or Muon(..., reduce="ddp").'
-        )
 
 
 def _reduce(accelerator: Accelerator, muon: Muon, model: nn.Module | None) -> None:
@@ -161,12 +155,26 @@ def _reduce(accelerator: Accelerator, muon: Muon, model: nn.Module | None) -> No
         # Accelerate's accumulate() asks the model.
         model.no_sync = muon.no_sync  # type: ignore[assignment]
     muon.attach(wrapper if wrapper is not None else model)
+    if accelerator.scaler is not None:
+        _scale(accelerator)
     # The Accelerator has no hook for clipping, and its own method would measure and scale p.grad,
     # which is not what the optimizer steps with. Only this accelerator is changed.
-    accelerator.clip_grad_norm_ = partial(_clip, muon, accelerator.clip_grad_norm_)
+    accelerator.clip_grad_norm_ = partial(_clip, accelerator, muon, accelerator.clip_grad_norm_)
+
+
+def _scale(accelerator: Accelerator) -> None:
+    """Put a scaler that sees the averaged gradients in the place of Accelerate's."""
+    theirs = accelerator.scaler
+    ours = GradScaler(accelerator.device.type, enabled=theirs.is_enabled())
+    ours.load_state_dict(theirs.state_dict())
+    for each in accelerator._optimizers:
+        if each.scaler is theirs:
+            each.scaler = ours
+    accelerator.scaler = ours
 
 
 def _clip(
+    accelerator: Accelerator,
     muon: Muon,
     otherwise: Callable[..., Tensor],
     parameters: Iterable[Tensor],
@@ -184,4 +192,6 @@ def _clip(
             "Averaged gradients are clipped together: pass model.parameters(), all of them, and "
             "norm_type=2."
         )
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(muon)
     return muon.clip_grad_norm_(max_norm)
