@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -37,21 +38,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, world: World) -> 
     if config.name == "adamw":
         return _build_adamw(groups, config, world)
     try:
-        return Muon(
-            groups,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            ns_coefficients=config.ns_coefficients,
-            eps=config.eps,
-            ns_steps=config.ns_steps,
-            adjust_lr_fn=config.adjust_lr_fn,
-            betas=config.betas,
-            process_group=world.group,
-        )
+        return Muon(groups, process_group=world.group, **muon_options(config))
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
+
+
+def muon_options(config: OptimizerConfig) -> dict[str, Any]:
+    """Hyperparameters of Muon under any engine: all of the section but its name."""
+    return {key: value for key, value in asdict(config).items() if key != "name"}
 
 
 def _build_adamw(

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon.deepspeed import from_model
 from distmuon.training.config import Config, ConfigError
+from distmuon.training.optimizers import muon_options
 from distmuon.training.world import World
 
 
@@ -70,21 +71,8 @@ def build_zero_optimizer(model: nn.Module, config: Config, world: World) -> Opti
         ConfigError: for settings that only the other engines have, or without DeepSpeed.
     """
     _refuse(config, world)
-    options = config.optimizer
     try:
-        return from_model(
-            model,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            config=_entries(config, world),
-            momentum=options.momentum,
-            nesterov=options.nesterov,
-            ns_coefficients=options.ns_coefficients,
-            ns_steps=options.ns_steps,
-            adjust_lr_fn=options.adjust_lr_fn,
-            betas=options.betas,
-            eps=options.eps,
-        )
+        return from_model(model, config=_entries(config, world), **muon_options(config.optimizer))
     except ImportError as error:
         raise ConfigError(f"run.engine=deepspeed: {error}", key="run.engine") from error
     except ValueError as error:
