@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from distmuon.orthogonalize import orthogonalize, products, stability
-from distmuon.orthogonalize.coefficients import PRESETS, preset
-from distmuon.orthogonalize.schedule import evaluate
+from distmuon.orthogonalize.coefficients import PRESETS, resolve
+from distmuon.orthogonalize.schedule import Schedule
 
 KELLER = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -109,7 +109,8 @@ def speed(shapes: Iterable[str]) -> None:
             "plain_p5": partial(orthogonalize, x, method="newton_schulz", coefficients="p5"),
             "gram_p5": partial(orthogonalize, x, method="gram", coefficients="p5"),
             "auto_p5": partial(orthogonalize, x, coefficients="p5"),
-            "auto_keller": partial(orthogonalize, x),
+            "auto_keller": partial(orthogonalize, x, coefficients="keller"),
+            "halley": partial(orthogonalize, x, coefficients="halley"),
             "eigh": partial(orthogonalize, x, method="eigh"),
             "plain_p5_bfloat16": partial(
                 orthogonalize, x, method="newton_schulz", coefficients="p5", dtype=torch.bfloat16
@@ -140,6 +141,7 @@ def slow_bfloat16() -> None:
             peer = time.thread_time() - start
         times = interleave(
             {
+                "halley": partial(orthogonalize, x, coefficients="halley"),
                 "auto_p5": partial(orthogonalize, x, coefficients="p5"),
                 "addmm_float32": partial(torch_formulation, x),
             },
@@ -234,18 +236,22 @@ def accuracy() -> None:
             ("gram", torch.float16),
             ("newton_schulz", torch.bfloat16),
         )
-    ] + [("p5", "eigh", torch.float32), ("p5", "svd", torch.float32)]
+    ] + [
+        ("halley", "auto", torch.float32),
+        ("p5", "eigh", torch.float32),
+        ("p5", "svd", torch.float32),
+    ]
     for kind in ("power_law", "condition_1e2", "condition_1e4", "condition_1e8", "rank_8"):
         s = spectrum(kind, short)
         x, polar = ((u * s) @ v.T).float(), (u * (s > 0)) @ v.T
         for name, method, dtype in cases:
             out = orthogonalize(x, method=method, coefficients=name, dtype=dtype).double()  # type: ignore[arg-type]
             values = torch.linalg.svdvals(out)
-            image = u * polynomial(s, name) @ v.T if method in ("newton_schulz", "gram") else polar
+            image = polar if method in ("svd", "eigh") else u * image_of(s, name) @ v.T
             emit(
                 "accuracy",
                 spectrum=kind,
-                preset=name if method in ("newton_schulz", "gram") else None,
+                preset=None if method in ("svd", "eigh") else name,
                 method=method,
                 dtype=str(dtype).removeprefix("torch."),
                 error_to_polynomial=significant((out - image).norm() / image.norm()),
@@ -255,39 +261,37 @@ def accuracy() -> None:
             )
 
 
-def polynomial(s: Tensor, name: str) -> Tensor:
-    """The preset's exact polynomial of singular values, in float64."""
-    schedule = preset(name)
+def image_of(s: Tensor, name: str) -> Tensor:
+    """The exact function that a schedule is, of singular values in float64."""
+    schedule = resolve(name)
     power = 2 if schedule.normalization == "frobenius" else 4
-    values = (s / (s.pow(power).sum().pow(1 / power) * schedule.safety)).tolist()
-    for triple in schedule.coefficients:
-        values = [evaluate(triple, value) for value in values]
-    return torch.tensor(values, dtype=torch.float64)
+    return schedule.image(s / (s.pow(power).sum().pow(1 / power) * schedule.safety))
 
 
 def image_ranges() -> None:
     """What each preset makes of singular values above 1e-2 and above 3e-3 of its norm."""
-    for name in PRESETS:
-        schedule = preset(name)
+    for name in ("halley", *PRESETS):
+        schedule = resolve(name)
         ranges = {}
         for lower in (1e-2, 3e-3):
             exponents = torch.linspace(float(torch.tensor(lower).log10()), 0.0, 20_001)
-            values = (10 ** exponents.double() / schedule.safety).tolist()
-            for triple in schedule.coefficients:
-                values = [evaluate(triple, value) for value in values]
-            ranges[str(lower)] = [round(min(values), 4), round(max(values), 4)]
+            values = schedule.image(10 ** exponents.double() / schedule.safety)
+            ranges[str(lower)] = [round(float(values.min()), 4), round(float(values.max()), 4)]
         slope = 1.0
         for a, _, _ in schedule.coefficients:
             slope *= a
-        cut = [len(window) for window in stability.windows(schedule, "float16")]
+        windows: dict[str, list[int]] = {}
+        if isinstance(schedule, Schedule):
+            for dtype in ("float32", "float16"):
+                cut = stability.windows(schedule, dtype)  # type: ignore[arg-type]
+                windows[f"{dtype}_windows"] = [len(window) for window in cut]
         emit(
             "range",
             preset=name,
             steps=schedule.steps,
             slope=round(slope, 1),
             image=ranges,
-            float32_windows=[len(w) for w in stability.windows(schedule, "float32")],
-            float16_windows=cut,
+            **windows,
         )
 
 

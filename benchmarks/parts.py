@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from distmuon.orthogonalize import orthogonalize
-from distmuon.orthogonalize.coefficients import preset
+from distmuon.orthogonalize.coefficients import resolve
 from distmuon.orthogonalize.parts import apply_transform, check_parts, find_transform, part_gram
+from distmuon.orthogonalize.policy import Method
 
 CPU = torch.device("cpu")
 SPECTRA = ("power_law", "condition_1e2", "condition_1e3", "condition_1e4", "rank_8", "rank_1")
@@ -51,24 +52,25 @@ def known(short: int, long: int, kind: str) -> Tensor:
 def exact(x: Tensor, name: str) -> Tensor:
     """The preset's polynomial of the singular values that the float32 input has, in float64."""
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-    schedule = preset(name)
+    schedule = resolve(name)
     power = 2 if schedule.normalization == "frobenius" else 4
     s = s / (s.pow(power).sum().pow(1 / power) * schedule.safety)
-    for a, b, c in schedule.coefficients:
-        s = s * (a + s**2 * (b + s**2 * c))
-    return (u * s) @ vh
+    return (u * schedule.image(s)) @ vh
 
 
 def accuracy() -> None:
     """Relative error to the exact polynomial: whole in both forms, and in four parts."""
-    for name in ("p5", "polar_express"):
+    for name in ("halley", "p5", "polar_express"):
         for short, long in ((128, 512), (400, 520), (512, 2048), (64, 4096)):
             for kind in SPECTRA:
                 x = known(short, long, kind)
                 expected = exact(x, name)
+                forms: tuple[Method, ...] = ("newton_schulz", "gram")
                 results = {
-                    "plain": orthogonalize(x, method="newton_schulz", coefficients=name),
-                    "gram": orthogonalize(x, method="gram", coefficients=name),
+                    form: orthogonalize(x, method=form, coefficients=name)
+                    for form in (("auto",) if name == "halley" else forms)
+                }
+                results |= {
                     "parts_float32": in_parts(x, 4, torch.float32, name),
                     "parts_float64": in_parts(x, 4, torch.float64, name),
                 }
@@ -86,10 +88,11 @@ def cost() -> None:
         calls: dict[str, Callable[[], object]] = {
             "plain": lambda x=x: orthogonalize(x, method="newton_schulz"),
             "gram": lambda x=x: orthogonalize(x, method="gram"),
+            "halley": lambda x=x: orthogonalize(x, coefficients="halley"),
         }
         for dtype in (torch.float32, torch.float64):
             label = str(dtype).removeprefix("torch.")
-            halves = check_parts("p5", None, dtype, CPU)
+            halves = check_parts("halley", None, dtype, CPU)
             part = part_gram(x[:, : long // 4].contiguous(), dtype=dtype)
             transform = find_transform([part.gram], [part.largest], halves)
             calls[f"gram_{label}"] = lambda s=part.scaled, d=dtype: part_gram(s, dtype=d)

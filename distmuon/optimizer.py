@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,  # noqa: FBT001, FBT002 - positional in torch.optim.Muon too
-        ns_coefficients: Coefficients = "p5",
+        ns_coefficients: Coefficients = "auto",
         eps: float = 1e-8,
         ns_steps: int | None = None,
         adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
@@ -87,8 +87,8 @@ class Muon(torch.optim.Optimizer):
             weight_decay: Decoupled decay per unit of lr.
             momentum: Decay of the momentum average.
             nesterov: Whether to look ahead.
-            ns_coefficients: A preset's name or numbers. "p5" leaves singular values in
-                [0.98, 1.01], torch.optim.Muon's "keller" in [0.68, 1.20].
+            ns_coefficients: A preset's name or numbers. "auto" leaves singular values in [0.98,
+                1.01] ("halley" on CPUs, else "p5"), torch's own "keller" in [0.68, 1.20].
             eps: Offset of AdamW's denominator. Newton-Schulz needs none: scale does not matter.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.

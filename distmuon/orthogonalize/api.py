@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from distmuon.orthogonalize import exact, newton_schulz, policy, stability
-from distmuon.orthogonalize.coefficients import Coefficients, resolve
+from distmuon.orthogonalize import exact, halley, newton_schulz, policy, stability
+from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.orthogonalize.guards import is_finite, largest_entry, prescale
 from distmuon.orthogonalize.policy import Method
-from distmuon.orthogonalize.schedule import Schedule
+from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule
 
 NonFinite: TypeAlias = Literal["propagate", "zero"]
 _METHODS: tuple[str, ...] = get_args(Method)
@@ -40,7 +40,7 @@ def orthogonalize(
     x: Tensor,
     *,
     method: Method = "auto",
-    coefficients: Coefficients = "p5",
+    coefficients: Coefficients = "auto",
     steps: int | None = None,
     dtype: torch.dtype | None = None,
     nonfinite: NonFinite = "propagate",
@@ -56,8 +56,9 @@ def orthogonalize(
         method: "newton_schulz" iterates on the matrix, "gram" on its m x m Gram matrix, "auto"
             takes the faster of the two that is stable; "coupled" is their textbook reference.
             "svd" and "eigh" are exact and leave `coefficients` aside.
-        coefficients: a preset's name, a Schedule, one (a, b, c) repeated `steps` times, or one
-            (a, b, c) a step.
+        coefficients: "auto", a preset's name, a schedule, one (a, b, c) repeated `steps` times, or
+            one (a, b, c) a step. "auto" is the fastest on the device of two that are about equally
+            exact: on CPUs "halley", a rational iteration, elsewhere the quintic "p5".
         steps: number of steps; None takes the schedule's own.
         dtype: dtype of the matrix products; None chooses by input and device, see
             `policy.working_dtype`.
@@ -83,7 +84,7 @@ def orthogonalize_checked(
     x: Tensor,
     *,
     method: Method = "auto",
-    coefficients: Coefficients = "p5",
+    coefficients: Coefficients = "auto",
     steps: int | None = None,
     dtype: torch.dtype | None = None,
     nonfinite: NonFinite = "propagate",
@@ -107,11 +108,13 @@ def orthogonalize_checked(
     """
     _check_input(x)
     _check_choices(method, nonfinite, steps)
-    schedule = resolve(coefficients, steps)
-    work = policy.working_dtype(x, method, dtype)
-    if method not in _EXACT:
+    schedule = policy.for_device(
+        coefficients, steps, method=method, requested=dtype, device=x.device
+    )
+    work = policy.working_dtype(x, method, dtype, schedule)
+    if method not in _EXACT and isinstance(schedule, Schedule):
         stability.check(schedule, policy.arithmetic(work, x.device))
-    if method == "coupled":
+    if method == "coupled" and isinstance(schedule, Schedule):
         stability.check_without_restart(schedule, policy.arithmetic(work, x.device))
     plan = _Plan(method, schedule, work, nonfinite)
     # Under autocast every product here would silently become a bfloat16 one.
@@ -124,9 +127,14 @@ def orthogonalize_checked(
 
 class _Plan(NamedTuple):
     method: Method
-    schedule: Schedule
+    schedule: AnySchedule
     dtype: torch.dtype
     nonfinite: NonFinite
+
+    @property
+    def needs_finite(self) -> bool:
+        """Whether LAPACK sees the matrix, which does not pass NaNs on."""
+        return self.method in _EXACT or isinstance(self.schedule, Rational)
 
 
 def _each(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -152,13 +160,13 @@ def _one(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     amax = largest_entry(x)
     finite = is_finite(amax)
     scaled = prescale(x, amax)
-    if plan.nonfinite == "zero" or plan.method in _EXACT:
-        # LAPACK raises on NaN, and inf * 0 is NaN: only a selection removes them.
+    if plan.nonfinite == "zero" or plan.needs_finite:
+        # LAPACK raises on NaN or loses it, and inf * 0 is NaN: only a selection removes them.
         scaled = torch.where(finite, scaled, 0.0)
     wide = scaled if x.size(-2) <= x.size(-1) else scaled.mT
     out = _iterate(wide, plan) if plan.method not in _EXACT else _decompose(wide, plan)
     out = out if x.size(-2) <= x.size(-1) else out.mT
-    if plan.nonfinite == "propagate" and plan.method in _EXACT:
+    if plan.nonfinite == "propagate" and plan.needs_finite:
         out = torch.where(finite, out, torch.nan)
     return out.to(x.dtype).contiguous(), finite[..., 0, 0]
 
@@ -170,6 +178,8 @@ def _decompose(wide: Tensor, plan: _Plan) -> Tensor:
 
 
 def _iterate(wide: Tensor, plan: _Plan) -> Tensor:
+    if isinstance(plan.schedule, Rational):
+        return halley.on_gram(wide.to(plan.dtype), plan.schedule)
     precision = policy.arithmetic(plan.dtype, wide.device)
     method = plan.method
     if method == "auto":

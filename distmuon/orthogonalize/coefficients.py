@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeAlias
 
+from distmuon.orthogonalize import halley
 from distmuon.orthogonalize.minimax import compose
-from distmuon.orthogonalize.schedule import Normalization, Schedule, Triple
+from distmuon.orthogonalize.schedule import AnySchedule, Normalization, Schedule, Triple
 
-Coefficients: TypeAlias = str | Schedule | Sequence[float] | Sequence[Sequence[float]]
+Coefficients: TypeAlias = str | AnySchedule | Sequence[float] | Sequence[Sequence[float]]
 
 # The cushion of the published Polar Express schedule, recovered by matching its eight triples.
 _POLAR_EXPRESS_CUSHION = 0.02407327424182761
@@ -162,6 +163,9 @@ _PRESETS: dict[str, Callable[[int | None], Schedule]] = {
     "p5": _p5,
 }
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
+# "auto" is "halley" where that is faster, see `policy.for_device`, and this elsewhere.
+QUINTIC_DEFAULT = "p5"
+NAMES = ("auto", "halley", *PRESETS)
 
 
 @cache
@@ -181,23 +185,24 @@ def preset(name: str, steps: int | None = None) -> Schedule:
     """
     if name not in _PRESETS:
         raise ValueError(
-            f"Unknown coefficients={name!r}. Must be one of {', '.join(PRESETS)}; or pass one "
+            f"Unknown coefficients={name!r}. Must be one of {', '.join(NAMES)}; or pass one "
             "(a, b, c), one (a, b, c) a step, or a Schedule."
         )
     return _PRESETS[name](steps)
 
 
-def resolve(coefficients: Coefficients, steps: int | None = None) -> Schedule:
+def resolve(coefficients: Coefficients, steps: int | None = None) -> AnySchedule:
     """Turn what a user wrote into a schedule.
 
     Args:
-        coefficients: a preset's name, a Schedule, one (a, b, c) repeated `steps` times, or one
-            (a, b, c) a step.
+        coefficients: one of `NAMES`, a schedule, one (a, b, c) repeated `steps` times, or one
+            (a, b, c) a step. "auto" is "p5" here, as on every device but a CPU.
         steps: number of steps; None takes the preset's default, 5 for one triple, and the length
             of a sequence of triples or of a Schedule.
 
     Returns:
-        The schedule. Bare numbers get Frobenius normalization, for which they are usually meant.
+        The schedule, a `Rational` for "halley". Bare numbers get Frobenius normalization, for which
+        they are usually meant.
 
     Raises:
         ValueError: unknown name, a wrong number of values, values that are not finite, or `steps`
@@ -205,9 +210,11 @@ def resolve(coefficients: Coefficients, steps: int | None = None) -> Schedule:
         TypeError: `coefficients` is neither a name nor numbers, or `steps` is not an integer.
     """
     _check_steps(steps)
+    if coefficients == "halley":
+        return halley.schedule(steps or halley.STEPS)
     if isinstance(coefficients, str):
-        return preset(coefficients, steps)
-    if isinstance(coefficients, Schedule):
+        return preset(QUINTIC_DEFAULT if coefficients == "auto" else coefficients, steps)
+    if isinstance(coefficients, AnySchedule):
         _fixed(coefficients.name, coefficients.steps, steps)
         return coefficients
     if not isinstance(coefficients, Sequence) or len(coefficients) == 0:

@@ -19,14 +19,14 @@ from distmuon.orthogonalize.products import (
     symmetric_product,
     symmetric_product_add,
 )
-from distmuon.orthogonalize.schedule import Schedule, Triple
+from distmuon.orthogonalize.schedule import AnySchedule, Schedule, Triple
 
 # Where a I + Z may be one matrix, which saves a copy of X a step. In half precision the diagonal
 # would round Z's away: 8 + 0.01 == 8 in bfloat16.
 _FOLDING = (torch.float32, torch.float64)
 
 
-def inverse_norm(r: Tensor, schedule: Schedule) -> Tensor:
+def inverse_norm(r: Tensor, schedule: AnySchedule) -> Tensor:
     """1 / (safety * norm of X) from R = X Xᵀ, so that no pass over X is spent on it.
 
     Args:

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distmuon.orthogonalize import policy, stability
-from distmuon.orthogonalize.coefficients import Coefficients, resolve
+from distmuon.orthogonalize import halley, newton_schulz, policy, stability
+from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.orthogonalize.guards import largest_entry, power_of_two, prescale
-from distmuon.orthogonalize.newton_schulz import gram_transform, inverse_norm
+from distmuon.orthogonalize.newton_schulz import inverse_norm
 from distmuon.orthogonalize.products import product, symmetric_product
+from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule, Triple
 from distmuon.orthogonalize.stability import Halves
 
 GRAM_DTYPES = (torch.float32, torch.float64)
@@ -82,9 +83,10 @@ def check_parts(
             f"Invalid {dtype=} for the Gram matrix of a matrix in parts. Must be torch.float32 or "
             "torch.float64: small eigenvalues of a narrower one turn negative, and are amplified."
         )
-    schedule = resolve(coefficients, steps)
+    schedule = policy.for_device(coefficients, steps, method="auto", requested=dtype, device=device)
     products = policy.arithmetic(dtype, device)
-    stability.check(schedule, products)
+    if isinstance(schedule, Schedule):
+        stability.check(schedule, products)
     gram = "float64" if dtype == torch.float64 else "float32"
     return stability.halves(schedule, gram=gram, products=products)
 
@@ -128,14 +130,15 @@ def find_transform(grams: Sequence[Tensor], largest: Sequence[Tensor], halves: H
         r.add_(gram.double() * (ratio * ratio))
     with torch.autocast(r.device.type, enabled=False):
         scale = inverse_norm(r, halves.schedule)
-        first = _symmetric(gram_transform((r * (scale * scale)).to(dtype), halves.first))
+        scaled = (r * (scale * scale)).to(dtype)
+        first = _symmetric(_transform(scaled, halves.schedule, halves.first))
         first.mul_(scale.to(dtype))
         wide = first.double()
         # Not of the exact first half, but of the one that will be applied: what rounding did to it
         # is then part of the matrix that the second half starts from. Only the second product is
         # symmetric by construction; the first would lose that to rounding.
         fresh = symmetric_product(product(wide, r), wide)
-        second = _symmetric(gram_transform(fresh.to(dtype), halves.second))
+        second = _symmetric(_transform(fresh.to(dtype), halves.schedule, halves.second))
     return Transform(first, second, whole)
 
 
@@ -156,6 +159,13 @@ def apply_transform(part: PartGram, transform: Transform) -> Tensor:
             # From the other side where that keeps the memory order: the factors are symmetric.
             x = product(factor, x) if x.stride(-1) == 1 else product(x.mT, factor).mT
     return x.float()
+
+
+def _transform(r: Tensor, schedule: AnySchedule, triples: Sequence[Triple]) -> Tensor:
+    """Some steps of a schedule as a matrix, from the Gram matrix before them."""
+    if isinstance(schedule, Rational):
+        return halley.transform(r, triples)
+    return newton_schulz.gram_transform(r, triples)
 
 
 def _ratio(largest: Tensor, whole: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from distmuon.orthogonalize.coefficients import Coefficients, resolve
 from distmuon.orthogonalize.products import SMALLEST_CUT
-from distmuon.orthogonalize.schedule import Schedule
+from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule
 from distmuon.orthogonalize.stability import Arithmetic, windows
 
 Form: TypeAlias = Literal["newton_schulz", "gram"]
@@ -41,13 +42,61 @@ def cpu_has_fast_bfloat16() -> bool:
     return supported
 
 
-def working_dtype(x: Tensor, method: Method, requested: torch.dtype | None) -> torch.dtype:
+def for_device(
+    coefficients: Coefficients,
+    steps: int | None,
+    *,
+    method: Method,
+    requested: torch.dtype | None,
+    device: torch.device,
+) -> AnySchedule:
+    """`coefficients.resolve`, with "auto" as what is fastest on a device among the equally exact.
+
+    Args:
+        coefficients: what the user wrote.
+        steps: likewise.
+        method: how it will be evaluated.
+        requested: the caller's dtype, or None.
+        device: where.
+
+    Returns:
+        For "auto" the rational "halley" on a CPU that computes in full float32 or float64, else
+        the quintic "p5"; also "p5" where a method or a number of steps was asked for, as those are
+        Newton-Schulz's.
+
+    Raises:
+        TypeError: as in `resolve`.
+        ValueError: as in `resolve`, or the method or the dtype is not for a rational schedule.
+    """
+    dtype = torch.float32 if requested is None else _checked(requested)
+    full = arithmetic(dtype, device) in ("float32", "float64")
+    if coefficients == "auto" and steps is None and method == "auto":
+        return resolve("halley" if full and device.type == "cpu" else "auto")
+    schedule = resolve(coefficients, steps)
+    if isinstance(schedule, Rational) and method not in ("auto", "svd", "eigh"):
+        raise ValueError(
+            f"Invalid {method=} for {schedule.name!r}, which needs an inverse in each step. Pass "
+            "method='auto', or the coefficients of a polynomial such as 'p5'."
+        )
+    if isinstance(schedule, Rational) and not full:
+        raise ValueError(
+            f"Invalid dtype {dtype} in {arithmetic(dtype, device)} for {schedule.name!r}: its "
+            "inverses need full float32 or float64. Pass dtype=None, undo "
+            "torch.set_float32_matmul_precision, or take 'p5'."
+        )
+    return schedule
+
+
+def working_dtype(
+    x: Tensor, method: Method, requested: torch.dtype | None, schedule: AnySchedule
+) -> torch.dtype:
     """Dtype of the matrix products.
 
     Args:
         x: [..., m, n], any supported dtype and device.
         method: how they will be used.
         requested: the caller's choice, or None.
+        schedule: what will be evaluated; a rational one needs float32 on every device.
 
     Returns:
         `requested` if given. Else float64 for a float64 input; on a GPU float16 for the Gram form
@@ -63,7 +112,7 @@ def working_dtype(x: Tensor, method: Method, requested: torch.dtype | None) -> t
         return _checked(requested)
     if x.dtype == torch.float64:
         return torch.float64
-    if method not in ("auto", "newton_schulz", "gram"):
+    if isinstance(schedule, Rational) or method not in ("auto", "newton_schulz", "gram"):
         return torch.float32
     on_gram = method == "gram" or (method == "auto" and _elongated(x))
     if x.device.type == "cuda":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from torch import Tensor
 
 Triple: TypeAlias = tuple[float, float, float]
 Normalization: TypeAlias = Literal["frobenius", "schatten4"]
@@ -48,6 +51,59 @@ class Schedule:
     def steps(self) -> int:
         """Number of Newton-Schulz steps."""
         return len(self.coefficients)
+
+    def image(self, s: Tensor) -> Tensor:
+        """What the steps make of singular values [...] that are at most 1."""
+        for a, b, c in self.coefficients:
+            s = s * (a + s**2 * (b + s**2 * c))
+        return s
+
+
+@dataclass(frozen=True, slots=True)
+class Rational:
+    """One rational function per step, and the normalization that it was made for.
+
+    Attributes:
+        name: the preset's name.
+        coefficients: one (a, b, c) per step, all positive: a singular value s becomes
+            s * (a + b*s**2) / (1 + c*s**2).
+        normalization: as in `Schedule`.
+        safety: likewise.
+        source: where the numbers come from.
+    """
+
+    name: str
+    coefficients: tuple[Triple, ...]
+    normalization: Normalization
+    safety: float
+    source: str
+
+    def __post_init__(self) -> None:
+        """Refuse weights with which a step could have a pole or turn a direction around.
+
+        Raises:
+            ValueError: no weights, or one that is not positive and finite.
+        """
+        values = [value for triple in self.coefficients for value in triple]
+        if not values or not all(0.0 < value < math.inf for value in values):
+            raise ValueError(
+                f"Invalid coefficients={self.coefficients!r}. Each step of a rational schedule "
+                "needs three positive finite numbers (a, b, c)."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.coefficients)
+
+    def image(self, s: Tensor) -> Tensor:
+        """What the steps make of singular values [...] that are at most 1."""
+        for a, b, c in self.coefficients:
+            s = s * (a + b * s**2) / (1 + c * s**2)
+        return s
+
+
+AnySchedule: TypeAlias = Schedule | Rational
 
 
 def evaluate(triple: Triple, s: float) -> float:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-from distmuon.orthogonalize.schedule import Schedule, Triple
+from distmuon.orthogonalize.schedule import AnySchedule, Schedule, Triple
 
 Arithmetic: TypeAlias = Literal["float64", "float32", "tf32", "float16", "bfloat16"]
 
@@ -115,13 +115,13 @@ class Halves(NamedTuple):
         second: the others; may be none.
     """
 
-    schedule: Schedule
+    schedule: AnySchedule
     first: tuple[Triple, ...]
     second: tuple[Triple, ...]
 
 
 @cache
-def halves(schedule: Schedule, *, gram: Arithmetic, products: Arithmetic) -> Halves:
+def halves(schedule: AnySchedule, *, gram: Arithmetic, products: Arithmetic) -> Halves:
     """Cut a schedule for a Gram matrix that is formed only once, as a sum over several places.
 
     Args:

@@ -162,7 +162,7 @@ class OptimizerConfig:
     eps: float = _key(1e-8, "added to AdamW's denominator")
     momentum: float = _key(0.95, "Muon's momentum (muon only)")
     nesterov: bool = _key(default=True, meaning="Nesterov momentum (muon only)")
-    ns_coefficients: str = _key("p5", "Newton-Schulz coefficient set (muon only)")
+    ns_coefficients: str = _key("auto", "Newton-Schulz coefficient set (muon only)")
     ns_steps: int | None = _key(
         None, "Newton-Schulz iterations; null takes the set's own number (muon only)"
     )

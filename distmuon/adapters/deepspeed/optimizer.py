@@ -51,7 +51,7 @@ class ZeroOrtho(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = "p5",
+        ns_coefficients: Coefficients = "auto",
         ns_steps: int | None = None,
         ns_dtype: NsDtype | None = None,
         adjust_lr_fn: AdjustLrFn = "match_rms_adamw",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distmuon.orthogonalize.schedule import Schedule, evaluate
+from distmuon.orthogonalize.schedule import AnySchedule
 
 SPECTRA = (
     "flat",
@@ -34,6 +34,12 @@ def singular_values(kind: str, count: int) -> Tensor:
     }[kind]
 
 
+def image(s: Tensor, schedule: AnySchedule) -> Tensor:
+    """[k] float64, what a schedule makes of the singular values s [k] of a matrix."""
+    power = 2 if schedule.normalization == "frobenius" else 4
+    return schedule.image(s / (s.pow(power).sum().pow(1 / power) * schedule.safety))
+
+
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """[rows, columns] float64 with orthonormal columns, rows >= columns."""
     square = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -52,16 +58,9 @@ class Known:
         self.s = singular_values(kind, rank)
         self.matrix = (self.u * self.s) @ self.v.T
 
-    def image(self, schedule: Schedule) -> Tensor:
-        """[m, n], the schedule's polynomial of the singular values."""
-        power = 2 if schedule.normalization == "frobenius" else 4
-        norm = self.s.pow(power).sum().pow(1 / power)
-        values = self.s / (norm * schedule.safety)
-        for triple in schedule.coefficients:
-            values = torch.tensor(
-                [evaluate(triple, value) for value in values.tolist()], dtype=torch.float64
-            )
-        return (self.u * values) @ self.v.T
+    def image(self, schedule: AnySchedule) -> Tensor:
+        """[m, n], the schedule's function of the singular values."""
+        return (self.u * image(self.s, schedule)) @ self.v.T
 
     def polar(self) -> Tensor:
         """[m, n], U Vᵀ over the nonzero singular values."""

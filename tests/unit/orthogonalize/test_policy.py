@@ -8,6 +8,7 @@ from distmuon.orthogonalize.coefficients import preset
 from tests.unit.orthogonalize.spectra import Known, relative_error
 
 CPU = torch.device("cpu")
+P5 = preset("p5")
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -16,27 +17,27 @@ def test_float32_inputs_are_computed_in_float32_on_every_cpu(
 ) -> None:
     monkeypatch.setattr(policy, "cpu_has_fast_bfloat16", lambda: fast)
     for shape in ((8, 8), (8, 64)):
-        assert policy.working_dtype(torch.empty(shape), "auto", None) == torch.float32
-    assert policy.working_dtype(torch.empty(8, 8).half(), "auto", None) == torch.float32
-    assert policy.working_dtype(torch.empty(8, 8).double(), "auto", None) == torch.float64
+        assert policy.working_dtype(torch.empty(shape), "auto", None, P5) == torch.float32
+    assert policy.working_dtype(torch.empty(8, 8).half(), "auto", None, P5) == torch.float32
+    assert policy.working_dtype(torch.empty(8, 8).double(), "auto", None, P5) == torch.float64
 
 
 def test_bfloat16_inputs_stay_only_where_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     square, long = torch.empty(8, 8).bfloat16(), torch.empty(8, 64).bfloat16()
     monkeypatch.setattr(policy, "cpu_has_fast_bfloat16", lambda: True)
-    assert policy.working_dtype(square, "auto", None) == torch.bfloat16
-    assert policy.working_dtype(long, "newton_schulz", None) == torch.bfloat16
-    assert policy.working_dtype(long, "auto", None) == torch.float32
-    assert policy.working_dtype(square, "gram", None) == torch.float32
-    assert policy.working_dtype(square, "svd", None) == torch.float32
+    assert policy.working_dtype(square, "auto", None, P5) == torch.bfloat16
+    assert policy.working_dtype(long, "newton_schulz", None, P5) == torch.bfloat16
+    assert policy.working_dtype(long, "auto", None, P5) == torch.float32
+    assert policy.working_dtype(square, "gram", None, P5) == torch.float32
+    assert policy.working_dtype(square, "svd", None, P5) == torch.float32
     monkeypatch.setattr(policy, "cpu_has_fast_bfloat16", lambda: False)
-    assert policy.working_dtype(square, "auto", None) == torch.float32
+    assert policy.working_dtype(square, "auto", None, P5) == torch.float32
 
 
 def test_the_caller_decides() -> None:
     x = torch.empty(8, 8)
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        assert policy.working_dtype(x, "auto", dtype) == dtype
+        assert policy.working_dtype(x, "auto", dtype, P5) == dtype
 
 
 def test_a_requested_dtype_is_used() -> None:
@@ -74,8 +75,8 @@ def test_auto_is_the_form_that_it_chose() -> None:
     for shape, form in (((24, 30), "newton_schulz"), ((24, 48), "gram")):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert torch.equal(
-            orthogonalize(x),
-            orthogonalize(x, method=form),  # type: ignore[arg-type]
+            orthogonalize(x, coefficients="p5"),
+            orthogonalize(x, method=form, coefficients="p5"),  # type: ignore[arg-type]
         )
 
 
@@ -104,8 +105,10 @@ def test_detection_is_a_flag_not_a_measurement() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_dtypes() -> None:
-    assert policy.working_dtype(torch.empty(64, 256, device="cuda"), "auto", None) == torch.float16
-    assert policy.working_dtype(torch.empty(64, 64, device="cuda"), "auto", None) in (
+    assert (
+        policy.working_dtype(torch.empty(64, 256, device="cuda"), "auto", None, P5) == torch.float16
+    )
+    assert policy.working_dtype(torch.empty(64, 64, device="cuda"), "auto", None, P5) in (
         torch.bfloat16,
         torch.float16,
     )

@@ -1,0 +1,135 @@
+"""Halley's iteration towards the polar factor, dynamically weighted, on the Gram matrix.
+
+A step takes a singular value s to s (a + b s²) / (1 + c s²). With weights made for [lower, 1] two
+such steps reach what five quintics do, and on the m x m Gram matrix a step costs one inverse of a
+positive definite matrix, which LAPACK finds in about the time of one and a half products. It needs
+float32: see [Note: why this does not blow up].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from distmuon.orthogonalize.newton_schulz import inverse_norm
+from distmuon.orthogonalize.products import product, symmetric_product, symmetric_product_add
+from distmuon.orthogonalize.schedule import Rational, Triple
+
+# The smallest singular value, relative to the norm, that two steps bring near 1: p5's. A smaller
+# one would make 1 + c R too ill-conditioned for float32.
+LOWER = 3e-3
+STEPS = 2
+
+# [Note: why this does not blow up] R' = R Z² with Z = alpha I + beta W, W = (I + c R)^-1, is the
+# Gram matrix of the next step. As two products it multiplies the rounding errors of R by up to a²,
+# a = 121 here, and loses its symmetry on the way: the result is wrong by 0.1 at rank 1. But
+# c R W = I - W, so that R' is a combination of R, W and W², in which nothing is amplified by more
+# than beta²/c = 4; and W, of norm 1, is known to a few 1e-6 as c R has norm 4e3 at most.
+# (docs/numerics.md has the measured errors.)
+
+
+@cache
+def schedule(steps: int = STEPS) -> Rational:
+    """Weights of some steps for [3e-3, 1], centred: they miss 1 by as much below as above.
+
+    Args:
+        steps: number of steps, at least 1. Two leave singular values in [0.992, 1.008].
+
+    Returns:
+        The schedule.
+
+    Source: Nakatsukasa, Bai and Gygi, Optimizing Halley's iteration for computing the matrix polar
+        decomposition, SIAM J. Matrix Anal. Appl. 31 (2010), section 3.
+    """
+    lower, triples = LOWER, []
+    for _ in range(steps):
+        a, b, c = _weights(lower)
+        triples.append((a, b, c))
+        lower = min(lower * (a + b * lower * lower) / (1 + c * lower * lower), 1.0)
+    centre = 2 / (1 + lower)
+    a, b, c = triples.pop()
+    return Rational(
+        name="halley",
+        coefficients=(*triples, (a * centre, b * centre, c)),
+        normalization="schatten4",
+        safety=1.0,
+        source="https://doi.org/10.1137/090774999",
+    )
+
+
+def _weights(lower: float) -> Triple:
+    """The (a, b, c) that take [lower, 1] into the interval [L, 1] with the largest L."""
+    square = lower * lower
+    d = math.cbrt(4 * (1 - square) / (square * square))
+    root = math.sqrt(1 + d)
+    a = root + 0.5 * math.sqrt(8 - 4 * d + 8 * (2 - square) / (square * root))
+    b = (a - 1) ** 2 / 4
+    return a, b, a + b - 1
+
+
+def on_gram(x: Tensor, rational: Rational) -> Tensor:
+    """All steps on R = X Xᵀ, and one product with X.
+
+    Args:
+        x: [..., m, n] with m <= n, finite float32 or float64, entries at most 1; may be a
+            transposed view. Not modified.
+        rational: weights and normalization.
+
+    Returns:
+        [..., m, n], in x's memory order.
+    """
+    r = symmetric_product(x, x.mT)
+    scale = inverse_norm(r, rational)
+    q = transform(r.mul_(scale * scale), rational.coefficients).mul_(scale)
+    # From the other side, so that a transposed view stays one and nothing is copied.
+    return product(q, x) if x.stride(-1) == 1 else product(x.mT, q).mT
+
+
+def transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Q with Q X = the given steps on X, from R = X Xᵀ. Every matrix here is a function of R.
+
+    Args:
+        r: [..., m, m] float32 or float64, symmetric, of norm at most 1. Not modified.
+        triples: the weights of the steps; none give the identity.
+
+    Returns:
+        [..., m, m], symmetric up to rounding. Meaningless where R has a NaN or an infinity.
+    """
+    if not triples:
+        return torch.eye(r.size(-1), dtype=r.dtype, device=r.device).expand_as(r)
+    q: Tensor | None = None
+    for step, (a, b, c) in enumerate(triples):
+        alpha, beta = b / c, a - b / c
+        w = _inverse(r, c)
+        if step + 1 < len(triples):
+            r = _next_gram(r, w, alpha, beta, c)
+        if q is None:
+            q = _add_identity_(w.mul_(beta), alpha)
+        else:
+            q = symmetric_product_add(q, q, w, beta=alpha, alpha=beta)
+    assert q is not None, "there is a step"
+    return q
+
+
+def _inverse(r: Tensor, c: float) -> Tensor:
+    """(I + c R)^-1, exactly symmetric."""
+    shifted = _add_identity_(r * c, 1.0)
+    # The check would wait for the device; R >= -1e-6 as computed, and c is at most 4e3.
+    factor = torch.linalg.cholesky_ex(shifted, check_errors=False).L
+    return torch.cholesky_inverse(factor)
+
+
+def _next_gram(r: Tensor, w: Tensor, alpha: float, beta: float, c: float) -> Tensor:
+    """alpha² R + 2 alpha beta (I - W) / c + beta² (W - W²) / c."""
+    mixed, square = 2 * alpha * beta / c, beta * beta / c
+    known = _add_identity_((alpha * alpha * r).add_(w, alpha=square - mixed), mixed)
+    return symmetric_product_add(known, w, w, beta=1.0, alpha=-square)
+
+
+def _add_identity_(x: Tensor, scale: float) -> Tensor:
+    x.diagonal(dim1=-2, dim2=-1).add_(scale)
+    return x
