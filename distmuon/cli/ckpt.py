@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distmuon.cli.output import BROKEN, DONE, CommandError, add_json_option, print_json
+
 if TYPE_CHECKING:
     from distmuon.checkpoint.manifest import Manifest
-
-_BROKEN = 1
-_USAGE = 2
 
 _EXAMPLES = """\
 examples:
@@ -70,7 +67,7 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, or a folder of them")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     parser.set_defaults(run=_run, action=action)
     return parser
 
@@ -79,21 +76,17 @@ def _run(options: argparse.Namespace) -> int:
     from distmuon.checkpoint import CheckpointError
 
     if not options.path.is_dir():
-        print(f"distmuon ckpt: {options.path} is no folder", file=sys.stderr)
-        return _USAGE
+        raise CommandError(f"{options.path} is no folder")
     try:
         answer = options.action(_resolve(options.path), options)
     except CheckpointError as error:
-        if options.json:
-            print(json.dumps({"ok": False, "error": str(error)}))
-        print(f"distmuon ckpt: {error}", file=sys.stderr)
-        return _BROKEN
+        raise CommandError(str(error), code=BROKEN) from error
     if options.json:
-        print(json.dumps({"ok": True, **answer}, indent=1))
+        print_json(answer)
     else:
         for key, value in answer.items():
             print(f"{key:<12} {_say(value)}")
-    return 0
+    return DONE
 
 
 def _resolve(path: Path) -> Path:

@@ -12,14 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from distmuon.cli import ckpt
+from distmuon.cli.output import EXIT_CODES, CommandError, print_error
 from distmuon.version import __version__
 
 COMMANDS = (ckpt,)
 
-DESCRIPTION = """\
-Tools around distmuon, Muon with ZeRO-1.
-
-Exit codes: 0 done, 1 what was looked at is broken, 2 the command was used wrongly."""
+DESCRIPTION = f"Tools around distmuon, Muon with ZeRO-1.\n\n{EXIT_CODES}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,12 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"distmuon {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
     try:
         options = parser.parse_args(arguments)
-        code: int = options.run(options)
+        try:
+            code: int = options.run(options)
+        except CommandError as error:
+            print_error(options.command, str(error), options)
+            code = error.code
         sys.stdout.flush()
     except BrokenPipeError:  # `distmuon ... | head`
         sys.stderr.close()

@@ -20,6 +20,7 @@ from distmuon.training.run_folder import RunFolder
 from distmuon.training.sample import generate
 from distmuon.training.trainer import Trainer
 from distmuon.training.world import World
+from distmuon.units import format_bytes
 
 # Above this many ranks only the smallest and the largest are shown.
 RANKS_SHOWN = 4
@@ -175,12 +176,3 @@ def _per_rank(counts: Sequence[int], *, unit: str = "bytes") -> str:
         lowest, highest = shown[counts.index(low)], shown[counts.index(high)]
         return f"{lowest} to {highest} on {len(counts)} ranks"
     return ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(shown))
-
-
-def format_bytes(count: float) -> str:
-    """Format a number of bytes with a decimal unit, such as 1.25 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

@@ -27,7 +27,6 @@ from distmuon.training.plot import plot_losses
 from distmuon.training.progress import BarProgress, PlainProgress, format_seconds, make_progress
 from distmuon.training.resume import Start, open_folder
 from distmuon.training.run_folder import RunFolder
-from distmuon.training.summary import format_bytes
 from distmuon.training.trainer import NonFiniteError, Trainer, build_trainer
 from distmuon.training.world import World
 
@@ -190,13 +189,6 @@ def test_a_terminal_gets_a_bar_unless_lines_are_asked_for(monkeypatch: pytest.Mo
 )
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1250, "1.25 kB"), (3e12, "3.00 TB")]
-)
-def test_bytes_get_a_readable_unit(count: float, text: str) -> None:
-    assert format_bytes(count) == text
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

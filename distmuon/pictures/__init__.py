@@ -1,0 +1,1 @@
+"""Pictures: figures by matplotlib, and pages that need nothing but themselves."""

@@ -1,0 +1,35 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes with a decimal unit.
+
+    Args:
+        count: At least 0.
+
+    Returns:
+        Such as "512 B", "1.50 kB" or "2.35 TB": units are powers of 1,000.
+    """
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:,.2f} PB"
+
+
+def format_time(seconds: float) -> str:
+    """Write a short time with its unit.
+
+    Args:
+        seconds: At least 0.
+
+    Returns:
+        Such as "3.1 µs", "12.4 ms" or "45.7 s".
+    """
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 999.95:
+            return f"{seconds * factor:.1f} {unit}"
+    return f"{seconds:,.1f} s"
