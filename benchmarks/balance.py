@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from distmuon.choice import choose, predict
 from distmuon.cost import default_cost_model
+from distmuon.forecast.models import MODELS, muon_specs
 from distmuon.layout import LayoutKind, TensorSpec
 from distmuon.options import MAX_SPLIT
 from distmuon.ownership import assign
@@ -30,74 +30,18 @@ LAYOUTS: tuple[LayoutKind, ...] = ("flat", "aligned")
 WAVE_NUMEL = 16 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """A Llama-like transformer: q, k, v, o, gate, up, down in each layer."""
-
-    layers: int
-    width: int
-    hidden: int
-    queries: int
-    keys: int
-
-    def specs(self) -> list[TensorSpec]:
-        """Its matrices, in the order of the model."""
-        shapes = {
-            "q": (self.queries, self.width),
-            "k": (self.keys, self.width),
-            "v": (self.keys, self.width),
-            "o": (self.width, self.queries),
-            "gate": (self.hidden, self.width),
-            "up": (self.hidden, self.width),
-            "down": (self.width, self.hidden),
-        }
-        return [
-            TensorSpec(f"layers.{i}.{name}", shape)
-            for i in range(self.layers)
-            for name, shape in shapes.items()
-        ]
-
-
-def kimi_k2(*, stacked: bool) -> list[TensorSpec]:
-    """Kimi-K2-like shapes: 61 layers of latent attention, 384 experts a layer but the first.
-
-    Args:
-        stacked: Experts as three stacks [384, m, n] a layer, or as 1,152 matrices.
-
-    Source: https://huggingface.co/moonshotai/Kimi-K2-Base/blob/main/config.json
-    """
-    width, hidden, dense, experts, heads = 7168, 2048, 18432, 384, 64
-    specs = []
-    for i in range(61):
-        attention = {
-            "q_a": (1536, width),
-            "q_b": (heads * 192, 1536),
-            "kv_a": (576, width),
-            "kv_b": (heads * 256, 512),
-            "o": (width, heads * 128),
-        }
-        inner = dense if i == 0 else hidden
-        mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
-        specs += [TensorSpec(f"layers.{i}.{n}", s) for n, s in {**attention, **mlp}.items()]
-        if i == 0:
-            continue
-        specs.append(TensorSpec(f"layers.{i}.router", (experts, width)))
-        for name, shape in mlp.items():
-            path = f"layers.{i}.experts"
-            if stacked:
-                specs.append(TensorSpec(f"{path}.{name}", (experts, *shape)))
-            else:
-                specs += [TensorSpec(f"{path}.{e}.{name}", shape) for e in range(experts)]
-    return specs
-
-
-MODELS: dict[str, Callable[[], list[TensorSpec]]] = {
-    "Llama-7B": Dense(32, 4096, 11008, 4096, 4096).specs,
-    "Llama-70B": Dense(80, 8192, 28672, 8192, 1024).specs,
-    "Qwen3-32B": Dense(64, 5120, 25600, 8192, 1024).specs,
-    "Kimi-K2": lambda: kimi_k2(stacked=False),
-    "Kimi-K2, stacks": lambda: kimi_k2(stacked=True),
+NAMES = {
+    "Llama-7B": "llama-7b",
+    "Llama-70B": "llama-3-70b",
+    "Qwen3-32B": "qwen3-32b",
+    "Kimi-K2": "kimi-k2",
+    "Kimi-K2, stacks": "kimi-k2-stacked",
 }
+
+
+def shapes(model: str) -> list[TensorSpec]:
+    """Muon's parameters of a model of the tables."""
+    return muon_specs(MODELS[NAMES[model]]())
 
 
 def row(model: str, specs: Sequence[TensorSpec], world_size: int, layout: LayoutKind) -> str:
@@ -119,7 +63,7 @@ def print_table(models: Sequence[str], world_sizes: Sequence[int]) -> None:
     print("| model | ranks | layout | cost, max / mean | moved | padding | step ms |")
     print("|---|---|---|---|---|---|---|")
     for model in models:
-        specs = MODELS[model]()
+        specs = shapes(model)
         for world_size in world_sizes:
             for layout in LAYOUTS:
                 print(row(model, specs, world_size, layout), flush=True)
@@ -134,7 +78,7 @@ def print_splits(models: Sequence[str], world_sizes: Sequence[int]) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     model = default_cost_model("cuda")
     for name in models:
-        specs = MODELS[name]()
+        specs = shapes(name)
         numel = sum(spec.numel for spec in specs)
         for world_size in world_sizes:
             whole = assign(specs, world_size)
@@ -162,7 +106,7 @@ def print_splits(models: Sequence[str], world_sizes: Sequence[int]) -> None:
 def print_scale(world_size: int) -> None:
     """Plan the largest model on many ranks: all owners, the digest, one rank's transfers."""
     for stacked in (False, True):
-        specs = kimi_k2(stacked=stacked)
+        specs = shapes("Kimi-K2, stacks" if stacked else "Kimi-K2")
         for layout in (*LAYOUTS, "auto"):
             start, cpu = time.perf_counter(), time.process_time()
             ownership = choose(
@@ -187,7 +131,7 @@ def print_scale(world_size: int) -> None:
 def main() -> None:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--ranks", nargs="*", type=int, default=list(WORLD_SIZES))
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--splits", action="store_true")

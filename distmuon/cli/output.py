@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from distmuon.pictures.page import Grid
+
 # The exit codes of every command; `distmuon --help` and docs/plan.md say them too.
 DONE = 0
 BROKEN = 1
@@ -117,6 +119,16 @@ def format_table(table: Table) -> str:
         )
         text.append("  ".join(cells).rstrip())
     return "\n".join(text)
+
+
+def as_grid(table: Table) -> Grid:
+    """The same table for a page.
+
+    Args:
+        table: Its title is left out: a page has headings.
+    """
+    numbers = frozenset(i for i, column in enumerate(table.columns) if column.align == "right")
+    return Grid(tuple(column.title for column in table.columns), table.rows, numbers)
 
 
 def _print_rich(table: Table, out: TextIO) -> None:

@@ -39,6 +39,7 @@ FLOORS = (
     ("adapters",),
     ("deepspeed",),
     ("training",),
+    ("forecast",),
     ("pictures",),
     ("cli",),
     ("__main__",),

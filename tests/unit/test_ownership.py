@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.balance import kimi_k2
+from benchmarks.balance import shapes
 from distmuon.cost import default_cost_model, newton_schulz_cost
 from distmuon.layout import TensorSpec
 from distmuon.ownership import Ownership, assign, balance
@@ -101,7 +101,7 @@ def test_order_refers_to_the_callers_sequence() -> None:
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_kimi_k2_is_balanced_on_2048_ranks(stacked: bool) -> None:
-    specs = kimi_k2(stacked=stacked)
+    specs = shapes("Kimi-K2, stacks" if stacked else "Kimi-K2")
     ownership = assign(specs, 2048)
     numel = sum(spec.numel for spec in specs)
     load = loads(ownership)
@@ -117,7 +117,7 @@ def test_kimi_k2_is_balanced_on_2048_ranks(stacked: bool) -> None:
 def test_aligned_kimi_k2_is_balanced_and_padded_as_documented(
     stacked: bool, world_size: int, most_load: float, most_padding: float
 ) -> None:
-    specs = kimi_k2(stacked=stacked)
+    specs = shapes("Kimi-K2, stacks" if stacked else "Kimi-K2")
     ownership = assign(specs, world_size, layout="aligned")
     load = loads(ownership)
     assert max(load) * world_size <= most_load * sum(load)
@@ -127,7 +127,7 @@ def test_aligned_kimi_k2_is_balanced_and_padded_as_documented(
 
 @pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_i8_a_trillion_parameters_on_ten_thousand_ranks_take_few_calls_each(stacked: bool) -> None:
-    specs = kimi_k2(stacked=stacked)
+    specs = shapes("Kimi-K2, stacks" if stacked else "Kimi-K2")
 
     def plan() -> None:
         ownership = assign(specs, 10_000)

@@ -1,0 +1,228 @@
+"""A forecast in words: the tables and facts that `distmuon plan` prints and puts on its page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distmuon.cli.output import Column, Table
+from distmuon.forecast.folding import write_ranges
+from distmuon.forecast.forecast import Buffer, Forecast, Row
+from distmuon.units import format_bytes, format_time
+
+# More owners than these are counted, not named.
+_OWNERS_NAMED = 4
+_EVERY_RANK = "every rank its range"
+
+# How the kinds of `Report.bytes_sent` are grouped for a reader.
+_TRAFFIC = (
+    ("average the gradients", ("all-reduce", "reduce")),
+    ("publish the parameters", ("publish",)),
+    ("pieces of matrices to owners", ("gather",)),
+    ("pieces of updates back", ("scatter",)),
+    ("shared matrices: Gram, transforms", ("gram", "transform")),
+    ("agree on the step", ("agree",)),
+)
+
+
+def parameter_table(forecast: Forecast) -> Table:
+    """Each parameter, equal ones of several layers on one line.
+
+    Args:
+        forecast: What to show.
+    """
+    columns = (
+        Column("parameter"),
+        Column("shape"),
+        Column("route"),
+        Column("lr x", "right"),
+        Column("decay", "right"),
+        Column("owner"),
+        Column("why"),
+    )
+    rows = (
+        (
+            row.name,
+            " x ".join(map(str, row.shape)) or "scalar",
+            row.algorithm,
+            "-" if row.lr_factor is None else f"{row.lr_factor:.4g}",
+            "-" if row.weight_decay is None else f"{row.weight_decay:g}",
+            _owners(row, forecast.world_size),
+            row.reason + (" (to confirm)" if row.doubt else ""),
+        )
+        for row in forecast.rows
+    )
+    return Table(columns, tuple(rows))
+
+
+def facts(forecast: Forecast, rates: str) -> list[tuple[str, str]]:
+    """Totals, balance, memory and time.
+
+    Args:
+        forecast: What to show.
+        rates: Where its rates come from.
+
+    Returns:
+        Pairs of a name and a text.
+    """
+    busiest, idle = max(forecast.loads), forecast.loads.count(0)
+    work = (
+        f"{_operations(busiest)} of Newton-Schulz on the busiest rank, "
+        f"{forecast.imbalance:.3f} times the mean"
+    )
+    if idle:
+        work += f"; {idle:,} of {forecast.world_size:,} ranks have none"
+    model = forecast.cost_model
+    pairs = [
+        ("model", f"{forecast.source} on {forecast.world_size:,} ranks, {_options(forecast)}"),
+        ("parameters", _totals(forecast.rows)),
+        ("layout", "\n".join(buffer.layout for buffer in forecast.buffers if buffer.layout)),
+        ("work", work),
+        ("state", _state(forecast.buffers)),
+        ("step", "\n".join(_times(forecast))),
+        (
+            "rates",
+            f"latency {format_time(model.latency)}, bandwidth {model.bandwidth / 1e9:g} GB/s, "
+            f"Newton-Schulz {_operations(model.flops)}/s"
+            + (f", {len(model.measured)} measured shapes" if model.measured else "")
+            + f" ({rates})",
+        ),
+    ]
+    doubts = sum(row.count for row in forecast.doubts)
+    pairs.append(("to confirm", f"{doubts:,} parameters" if doubts else "nothing"))
+    return pairs
+
+
+def traffic_table(forecast: Forecast) -> Table:
+    """What a rank sends in a step, beside AdamW.
+
+    Args:
+        forecast: What to show.
+    """
+    adamw = forecast.adamw
+    zero1 = {"all-reduce": adamw.reduce_scatter, "publish": adamw.all_gather}
+    rows = []
+    for text, kinds in _TRAFFIC:
+        counts = [forecast.sent[kind] for kind in kinds if kind in forecast.sent]
+        if not counts:
+            continue
+        per_rank = [sum(each) for each in zip(*counts, strict=True)]
+        mine = (_mean(per_rank), format_bytes(max(per_rank)))
+        ddp = adamw.all_reduce if "reduce" in kinds else 0
+        rows.append((text, *mine, _bytes(zero1.get(kinds[0], 0)), _bytes(ddp)))
+    total = forecast.sent_by_rank
+    ends = (_mean(total), format_bytes(max(total)))
+    rows.append(("in all", *ends, _bytes(adamw.zero1), _bytes(adamw.all_reduce)))
+    columns = (
+        Column("sent per rank and step"),
+        Column("distmuon, mean", "right"),
+        Column("busiest rank", "right"),
+        Column("AdamW ZeRO-1", "right"),
+        Column("AdamW DDP", "right"),
+    )
+    return Table(columns, tuple(rows))
+
+
+def doubt_table(forecast: Forecast) -> Table:
+    """What a person should confirm, and how.
+
+    Args:
+        forecast: What to show.
+    """
+    columns = (Column("to confirm"), Column("why"), Column("to settle it, one of"))
+    rows = tuple(
+        (row.name, row.doubt, f"--override '{_pattern(row.name)}=muon' or =adamw")
+        for row in forecast.doubts
+    )
+    return Table(columns, rows)
+
+
+def _pattern(name: str) -> str:
+    parts = ("*" if part.startswith("{") or part.isdecimal() else part for part in _split(name))
+    return ".".join(parts)
+
+
+def _split(name: str) -> list[str]:
+    # Not at the dots of a range.
+    return [part.replace("\0", "..") for part in name.replace("..", "\0").split(".")]
+
+
+def _owners(row: Row, world_size: int) -> str:
+    if row.algorithm != "muon":
+        return _EVERY_RANK if row.algorithm == "adamw" else "-"
+    ranks = sorted(set(row.owners))
+    if len(ranks) == world_size > _OWNERS_NAMED:
+        text = f"all {world_size:,} ranks"
+    elif len(ranks) > _OWNERS_NAMED:
+        text = f"{len(ranks):,} of {world_size:,} ranks"
+    else:
+        text = f"rank{'s' if len(ranks) > 1 else ''} {write_ranges(ranks)}"
+    return text + (f", {row.shared:,} shared" if row.shared else "")
+
+
+def _totals(rows: Sequence[Row]) -> str:
+    def numel(algorithm: str) -> int:
+        return sum(row.numel for row in rows if row.algorithm == algorithm)
+
+    dtypes = "/".join(sorted({row.dtype for row in rows}))
+    matrices = sum(len(row.owners) for row in rows)
+    text = (
+        f"{sum(row.numel for row in rows):,} in {dtypes}: {numel('muon'):,} by Muon in "
+        f"{matrices:,} matrices, {numel('adamw'):,} by AdamW"
+    )
+    frozen = numel("frozen")
+    return text + (f", {frozen:,} frozen" if frozen else "")
+
+
+def _state(buffers: Sequence[Buffer]) -> str:
+    parts = (f"{format_bytes(b.state_bytes)} {_kinds(b)}" for b in buffers)
+    whole = format_bytes(sum(buffer.state_bytes for buffer in buffers))
+    return f"{whole} on every rank: {', '.join(parts)}"
+
+
+def _kinds(buffer: Buffer) -> str:
+    kinds = "momentum" if buffer.algorithm == "muon" else "AdamW moments"
+    narrow = buffer.dtype in ("bfloat16", "float16")
+    return f"{kinds} and master weights" if narrow else kinds
+
+
+def _times(forecast: Forecast) -> list[str]:
+    lines = [f"{format_time(forecast.step_seconds)} predicted, elementwise work not counted"]
+    for buffer in forecast.buffers:
+        name = "Muon" if buffer.algorithm == "muon" else "AdamW"
+        found = buffer.prediction
+        if found is None:
+            lines.append(f"  {name}: publish {format_time(buffer.publish_seconds)}")
+            continue
+        parts = [
+            f"Newton-Schulz {format_time(found.compute)}",
+            f"exchange {format_time(found.exchange)} in {found.waves} waves beside it",
+            f"publish {format_time(found.publish)}",
+        ]
+        if found.shared:
+            parts.append(f"shared matrices {format_time(found.shared)}")
+        lines.append(f"  {name}: {', '.join(parts)}")
+    if forecast.world_size > 1:
+        gradients = format_time(forecast.reduce_seconds)
+        lines.append(f"  gradients are averaged in {gradients}, beside the backward pass")
+    return lines
+
+
+def _options(forecast: Forecast) -> str:
+    policy = forecast.policy
+    text = f'layout="{policy.layout}", reduce="{policy.reduce}"'
+    return text + (f", max_split={policy.max_split}" if policy.max_split > 1 else "")
+
+
+def _operations(count: float) -> str:
+    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count / 1e6:.4g} MFLOP"
+
+
+def _mean(counts: Sequence[int]) -> str:
+    return format_bytes(sum(counts) / len(counts))
+
+
+def _bytes(count: int) -> str:
+    return format_bytes(count) if count else "-"
