@@ -11,11 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distmuon.cli import ckpt, plan
+from distmuon.cli import ckpt, plan, verify
 from distmuon.cli.output import EXIT_CODES, CommandError, print_error
 from distmuon.version import __version__
 
-COMMANDS = (plan, ckpt)
+COMMANDS = (plan, verify, ckpt)
 
 DESCRIPTION = f"Tools around distmuon, Muon with ZeRO-1.\n\n{EXIT_CODES}"
 

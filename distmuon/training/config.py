@@ -366,3 +366,13 @@ def _environment_int(name: str, default: int) -> int:
         raise ConfigError(
             f"Invalid environment variable {name}={text!r}. Must be an integer; torchrun sets it."
         ) from None
+
+
+def environment(*names: str) -> dict[str, str]:
+    """Those of some environment variables that are set, for reports and for ranks to be started."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def prefer_environment(name: str, value: str) -> None:
+    """Set a variable that torch's C++ parts read, unless the user has."""
+    os.environ.setdefault(name, value)

@@ -38,7 +38,7 @@ FLOORS = (
     ("checkpoint", "migrate"),
     ("adapters",),
     ("deepspeed",),
-    ("training",),
+    ("training", "selftest"),
     ("forecast",),
     ("pictures",),
     ("cli",),
