@@ -11,11 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distmuon.cli import ckpt, plan, verify
+from distmuon.cli import ckpt, init, plan, train, verify
 from distmuon.cli.output import EXIT_CODES, CommandError, print_error
 from distmuon.version import __version__
 
-COMMANDS = (plan, verify, ckpt)
+COMMANDS = (init, train, plan, verify, ckpt)
 
 DESCRIPTION = f"Tools around distmuon, Muon with ZeRO-1.\n\n{EXIT_CODES}"
 
@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(commands)
     try:
-        options = parser.parse_args(arguments)
+        options, rest = parser.parse_known_args(arguments)
+        if rest and not getattr(options, "takes_rest", False):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.rest = rest
         try:
             code: int = options.run(options)
         except CommandError as error:

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 from distmuon.update_rules import AdjustLrMode
 
 T = TypeVar("T")
+_YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 # May a key differ from the checkpoint's? "free": also in the run that goes on. "fork": only in a
 # new run that begins with its state. "fixed": never, the state would mean something else.
@@ -259,9 +260,13 @@ class KeyInfo:
     on_resume: OnResume
 
 
-def describe_keys() -> Iterator[KeyInfo]:
-    """Yield every configuration key in the order of its declaration."""
-    defaults = Config()
+def describe_keys(config: Config | None = None) -> Iterator[KeyInfo]:
+    """Yield every configuration key in the order of its declaration.
+
+    Args:
+        config: whose values to give as defaults; None for the defaults themselves.
+    """
+    defaults = config or Config()
     for section_field in fields(Config):
         section = getattr(defaults, section_field.name)
         about = (type(section).__doc__ or "").splitlines()[0]
@@ -286,9 +291,10 @@ def _describe_type(kind: object) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    # JSON is YAML; a plain word needs no quotes.
-    text = json.dumps(value)
-    return text.strip('"') if isinstance(value, str) and value.isidentifier() else text
+    # JSON is YAML; a plain word needs no quotes, unless YAML takes it for a truth value or null.
+    text = json.dumps(value, ensure_ascii=False)
+    plain = isinstance(value, str) and value.isidentifier() and value.lower() not in _YAML_WORDS
+    return text.strip('"') if plain else text
 
 
 def check_batch(train: TrainConfig, world_size: int) -> int:

@@ -22,8 +22,8 @@ SILENT_WAIT_S = 5.0
 DESCRIPTION = """\
 Train a small byte-level transformer on real text, with Muon or AdamW under ZeRO-1.
 
-  torchrun --standalone --nproc-per-node 2 launch/train.py --config configs/shakespeare.yaml
-  python launch/train.py --config configs/shakespeare.yaml train.steps=50 optimizer.lr=0.01
+  torchrun --standalone --nproc-per-node 2 {several} --config configs/shakespeare.yaml
+  {one} --config configs/shakespeare.yaml train.steps=50 optimizer.lr=0.01
 """
 
 
@@ -35,11 +35,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. Keys are set as section.key=value; see --help.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "launch/train.py") -> int:
     """Run a training from the command line. Every rank calls this.
 
     Args:
         arguments: without the program's name; None takes the process's own.
+        program: what the user called, for `--help`.
 
     Returns:
         Exit code: 0, also when a signal stopped the training, which is saved then; or 2 for a
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launch = Launch()
     try:
         launch = Launch.from_environment()
-        return _run(arguments, launch)
+        return _run(arguments, launch, program)
     except ConfigError as error:
         if launch.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run(arguments: Sequence[str] | None, launch: Launch) -> int:
+def _run(arguments: Sequence[str] | None, launch: Launch, program: str) -> int:
     missing = [name for name in EXTRAS if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -74,9 +75,13 @@ def _run(arguments: Sequence[str] | None, launch: Launch) -> int:
     # Only now: these import the packages that were just looked for.
     from distmuon.training.config_file import keys_help, load_config
 
+    script = program.endswith(".py")
     parser = _Parser(
-        prog="launch/train.py",
-        description=DESCRIPTION,
+        prog=program,
+        description=DESCRIPTION.format(
+            several=program if script else f"-m {program}",
+            one=f"python {program}" if script else program,
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,

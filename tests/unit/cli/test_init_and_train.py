@@ -1,0 +1,100 @@
+"""`distmuon init` writes what `distmuon train` takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distmuon.cli.init import starter
+from distmuon.cli.main import main
+from distmuon.training.config import Config, describe_keys
+from distmuon.training.config_file import load_config
+
+ROOT = Path(__file__).parents[3]
+# Two steps of a model of a few thousand parameters.
+SMALL = ["model.layers=1", "model.dim=16", "model.heads=2", "data.source=pydoc", "data.context=16"]
+SMALL += ["data.val_windows=8", "train.steps=2", "sample.length=0", "run.save_every=0"]
+
+
+def test_the_file_is_the_defaults_and_explains_every_key(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    assert main(["init", str(file)]) == 0
+    assert load_config(file) == Config()
+    text = file.read_text()
+    for info in describe_keys():
+        assert f"  {info.name.split('.')[1]}: {info.default}\n" in text
+    words = " ".join(text.replace("#", " ").split())
+    for info in describe_keys():
+        assert " ".join(info.meaning.split()) in words, info.name
+
+
+@pytest.mark.parametrize("name", ["yes", "null", "On", "a b", "7", "1e3", "- x", "ä"])
+def test_values_that_yaml_would_read_as_something_else(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "run.yaml"
+    config = Config(run=replace(Config().run, name=name))
+    file.write_text(starter(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_an_existing_file_is_overwritten_only_by_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "optimizer.lr=0.02", "model.dim=32"]) == 0
+    before = Path("distmuon.yaml").read_text()
+    assert main(["init"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert Path("distmuon.yaml").read_text() == before
+    assert load_config("distmuon.yaml").optimizer.lr == 0.02
+    assert main(["init", "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == "distmuon.yaml"
+    assert load_config("distmuon.yaml") == Config()
+    assert main(["init", "other.yaml", "optimizer.rl=1"]) == 2
+    assert "'optimizer.lr'" in capsys.readouterr().err
+    assert not Path("other.yaml").exists()
+    assert main(["init", "no/such/folder/x.yaml"]) == 2
+
+
+def start(*arguments: str, folder: Path, several: bool = False) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *(launcher if several else []), "-m", "distmuon", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True], ids=["one process", "torchrun"])
+def test_the_file_trains_two_steps(tmp_path: Path, several: bool) -> None:
+    start("init", "run.yaml", *SMALL, folder=tmp_path)
+    said = start("train", "--config", "run.yaml", folder=tmp_path, several=several)
+    assert "step 2/2" in said
+    assert f"ranks      {1 + several} on" in said
+    assert ("-m distmuon train --config run.yaml" in said) == (not several), "the hint"
+    assert (tmp_path / "runs" / "run" / "model.safetensors").exists()
+
+
+def test_train_hands_its_arguments_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: distmuon train")
+    assert "optimizer.lr=" in said.out
+    assert "hint" not in said.err
+    assert main(["train", "optimizer.rl=1", "--config", "x"]) == 2
+    assert "hint: this is one process" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["init", "--bogus"])
+    assert "unrecognized arguments: --bogus" in capsys.readouterr().err
