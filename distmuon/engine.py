@@ -37,6 +37,7 @@ class Engine:
         skipped: Steps left out because of a non-finite gradient.
         calls: Matrices this rank has orthogonalized, summed over the steps.
         expected: Owned matrices that had a gradient, summed over the steps.
+        flops: Operations of the products that this took on this rank.
         norms: Of the gradients at the last clipping.
         clock: Times the phases of a step, if the policy says so.
     """
@@ -69,7 +70,8 @@ class Engine:
         self.source: GradientSource = make_source(policy.reduce, self.buckets, communicator)
         self._names = tuple(name for bucket in self.buckets for name in bucket.spec.names)
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
-        self.steps = self.skipped = self.calls = self.expected = self._skipped_in_a_row = 0
+        self.steps = self.skipped = self._skipped_in_a_row = 0
+        self.calls = self.expected = self.flops = 0
         self._averages_unchecked = policy.reduce == "ddp"
         self._attached = False
         self._weights_unchecked = True
@@ -85,7 +87,7 @@ class Engine:
         Args:
             before: The engine so far; of no more use afterwards.
         """
-        counts = "steps", "skipped", "calls", "expected", "_skipped_in_a_row"
+        counts = "steps", "skipped", "calls", "expected", "flops", "_skipped_in_a_row"
         for name in (*counts, "norms"):
             setattr(self, name, getattr(before, name))
         self._communicator.step = self.steps + 1
@@ -168,7 +170,9 @@ class Engine:
         for bucket, update in zip(self.buckets, ready.updates, strict=True):
             active = [next(agreed) for _ in bucket.spec.parameters]
             if bucket.spec.algorithm == "muon":
-                self.calls += muon_step(bucket, update, active, ready.options, self.clock)
+                work = muon_step(bucket, update, active, ready.options, self.clock)
+                self.calls += work.matrices
+                self.flops += work.flops
                 self.expected += sum(active[i] for i in bucket.owned)
             else:
                 adamw_step(bucket, update, active, ready.options, self.clock)

@@ -28,6 +28,8 @@ class Report:
         matrices_owned: Those that this rank orthogonalizes.
         newton_schulz_calls: Matrices that this rank has orthogonalized, summed over the steps.
         newton_schulz_expected: Owned matrices that had a gradient, summed over the steps.
+        newton_schulz_flops: Operations of this rank's matrix products so far, by the shapes and the
+            form that was really used (`distmuon.orthogonalize.flops`).
         loads: Operations of Newton-Schulz that each rank does in a step in which every matrix has a
             gradient, as planned: by `newton_schulz_cost`, five steps of the plain form.
         bytes_sent: Payload bytes sent by this rank so far: "gather" and "scatter" of pieces of
@@ -53,6 +55,7 @@ class Report:
     matrices_owned: int
     newton_schulz_calls: int
     newton_schulz_expected: int
+    newton_schulz_flops: int
     loads: tuple[int, ...]
     bytes_sent: Mapping[str, int]
     gradient_norms: GradientNorms | None
@@ -98,6 +101,7 @@ def make_report(
         matrices_owned=owners.count(communicator.rank),
         newton_schulz_calls=engine.calls if engine else 0,
         newton_schulz_expected=engine.expected if engine else 0,
+        newton_schulz_flops=engine.flops if engine else 0,
         loads=planned_loads(spec.ownership for spec in muon if spec.ownership),
         bytes_sent=dict(communicator.bytes_sent),
         gradient_norms=engine.norms if engine else None,

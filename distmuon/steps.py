@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from distmuon import update_rules
 from distmuon.buckets import Bucket
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
+from distmuon.orthogonalize.flops import count_flops, count_part_flops
 from distmuon.orthogonalize.parts import check_parts
 from distmuon.phases import PhaseClock
 from distmuon.shard import Range, Run
@@ -27,13 +29,25 @@ _DTYPES: dict[NsDtype, torch.dtype] = {
 _PIECE_NUMEL = 2**20
 
 
+class Work(NamedTuple):
+    """What one rank did in a step.
+
+    Attributes:
+        matrices: How many it orthogonalized.
+        flops: Operations of their products, in the form that they really took.
+    """
+
+    matrices: int
+    flops: int
+
+
 def muon_step(
     bucket: Bucket[Range],
     update: Tensor,
     present: Sequence[bool],
     options: Sequence[GroupOptions],
     clock: PhaseClock,
-) -> int:
+) -> Work:
     """Update this rank's range of a Muon bucket.
 
     Args:
@@ -44,7 +58,7 @@ def muon_step(
         clock: Times the phases.
 
     Returns:
-        How many matrices this rank orthogonalized.
+        What this rank did.
 
     Raises:
         RuntimeError: if that is not each owned matrix with a gradient, naming the lost ones.
@@ -77,7 +91,9 @@ def muon_step(
                 raise
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
-    done |= bucket.split.finish(update, _split_jobs(bucket, present, options))
+    jobs = _split_jobs(bucket, present, options)
+    flops = _whole_flops(bucket, done, options) + _part_flops(bucket, jobs)
+    done |= bucket.split.finish(update, jobs)
     _check_all_done(bucket, present, done)
     with clock("apply"):
         for group, _, start, stop in runs:
@@ -87,7 +103,7 @@ def muon_step(
                 lr=options[group].lr,
                 weight_decay=options[group].weight_decay,
             )
-    return len(done)
+    return Work(len(done), flops)
 
 
 def adamw_step(
@@ -136,12 +152,55 @@ def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
 
 def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:
     """Polar factor of a momentum [..., m, n], scaled for its shape."""
-    dtype = None if options.ns_dtype is None else _DTYPES[options.ns_dtype]
     polar = orthogonalize(
-        matrix, coefficients=options.ns_coefficients, steps=options.ns_steps, dtype=dtype
+        matrix,
+        coefficients=options.ns_coefficients,
+        steps=options.ns_steps,
+        dtype=_dtype(options),
     )
     rows, cols = matrix.shape[-2:]
     return polar.mul_(update_rules.adjust_lr_factor(options.adjust_lr_fn, rows, cols))
+
+
+def _dtype(options: GroupOptions) -> torch.dtype | None:
+    return None if options.ns_dtype is None else _DTYPES[options.ns_dtype]
+
+
+def _whole_flops(
+    bucket: Bucket[Range], matrices: Iterable[int], options: Sequence[GroupOptions]
+) -> int:
+    ownership = bucket.spec.ownership
+    assert ownership is not None, "a Muon bucket has owners"
+    device = bucket.shard.master.device
+    known: dict[tuple[int, tuple[int, ...]], int] = {}
+    total = 0
+    for matrix in matrices:
+        shape = ownership.layout.specs[matrix].shape
+        group = bucket.spec.groups[ownership.members[matrix]]
+        if (group, shape) not in known:
+            chosen = options[group]
+            known[group, shape] = count_flops(
+                shape,
+                coefficients=chosen.ns_coefficients,
+                steps=chosen.ns_steps,
+                dtype=_dtype(chosen),
+                device=device,
+            )
+        total += known[group, shape]
+    return total
+
+
+def _part_flops(bucket: Bucket[Range], jobs: Mapping[int, SplitJob]) -> int:
+    assert bucket.plan is not None, "a Muon bucket has a plan"
+    device = bucket.shard.master.device
+    total = 0
+    for part in (part for wave in bucket.plan.split.waves for part in wave.parts):
+        if part.split.matrix in jobs:
+            owns = part.split.owner == bucket.plan.rank
+            halves = jobs[part.split.matrix].halves if owns else None
+            width = part.columns if part.sliced == "columns" else part.rows
+            total += count_part_flops(part.short, width, halves, device)
+    return total
 
 
 def check_splits(bucket: Bucket[Range], options: Sequence[GroupOptions]) -> None:

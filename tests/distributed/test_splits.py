@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from distmuon import Muon, RankFailure, Report
 from distmuon import optimizer as optimizer_module
@@ -181,3 +182,17 @@ def test_i7_a_rank_killed_over_a_shared_matrix_is_named_by_the_others(phase: str
         assert told == phase
         assert missing == (2,)
         assert "tall" in names
+
+
+def counted_on_rank(shapes: Shapes, options: dict[str, Any]) -> tuple[int, int]:
+    with FlopCounterMode(display=False) as counter:
+        _, optimizer = train(shapes, dist.group.WORLD, {}, **options)
+    return optimizer.report().newton_schulz_flops, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("max_split", [1, 3])
+def test_the_report_has_the_operations_that_torch_counts(max_split: int) -> None:
+    options = {"max_split": max_split, "split_dtype": "float64"}
+    shapes = {"long": (19, 1100), "tall": (500, 24), "square": (24, 24)}
+    for told, counted in run_ranks(3, counted_on_rank, shapes, options):
+        assert told == counted > 0

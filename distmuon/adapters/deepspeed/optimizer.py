@@ -118,7 +118,7 @@ class ZeroOrtho(torch.optim.Optimizer):
         self._communicators: dict[Any, Communicator] = {}
         self._replica: Muon | None = None
         self._open: Literal["no", "read", "checked"] = "no"
-        self._steps = self._calls = self._expected = 0
+        self._steps = self._calls = self._expected = self._flops = 0
         super().__init__(plain, defaults)
         # While DeepSpeed shows one group to step(), this list still has them all.
         self._all_groups: list[dict[str, Any]] = self.param_groups
@@ -169,7 +169,9 @@ class ZeroOrtho(torch.optim.Optimizer):
             shown = [(self._partitions[group["index"]], group) for group in self.param_groups]
             for ready in [prepare(partition, group) for partition, group in shown]:
                 state = self.state[ready.partition.bucket.shard.master]
-                self._calls += update(ready, state, self.momentum_key)
+                work = update(ready, state, self.momentum_key)
+                self._calls += work.matrices
+                self._flops += work.flops
                 self._expected += len(ready.partition.bucket.owned)
                 self._steps = max(self._steps, state["step"])
         return loss
@@ -251,6 +253,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             matrices_owned=sum(len(plan.owned) for plan in plans),
             newton_schulz_calls=self._calls,
             newton_schulz_expected=self._expected,
+            newton_schulz_flops=self._flops,
             loads=planned_loads(
                 plan.ownership
                 for plan in plans

@@ -15,7 +15,7 @@ from distmuon.collectives import Communicator
 from distmuon.failure import Topic
 from distmuon.options import GroupOptions, read_options
 from distmuon.phases import PhaseClock
-from distmuon.steps import adamw_step, muon_step
+from distmuon.steps import Work, adamw_step, muon_step
 
 
 class Ready(NamedTuple):
@@ -83,7 +83,7 @@ def settle(
         )
 
 
-def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> int:
+def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> Work:
     """Update a partition. A collective for matrices.
 
     Args:
@@ -92,7 +92,7 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> in
         momentum_key: Name of Muon's momentum in it.
 
     Returns:
-        How many matrices this rank orthogonalized.
+        What this rank orthogonalized.
 
     Raises:
         RankFailure: on every rank that is left, if one is dead, late or stopped with an error.
@@ -103,11 +103,11 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> in
     # torch replaces the tensors of a state that it loads: they are looked up in every step.
     bucket.shard.steps = [int(state["step"])] * len(present)
     communicator.step = int(state["step"]) + 1
-    calls = 0
+    work = Work(0, 0)
     try:
         if bucket.spec.algorithm == "muon":
             bucket.shard.state = {"momentum_buffer": momentum_of(state, momentum_key)}
-            calls = muon_step(bucket, ready.grad, present, [ready.options], PhaseClock())
+            work = muon_step(bucket, ready.grad, present, [ready.options], PhaseClock())
         else:
             bucket.shard.state = {name: state[name] for name in STATE_NAMES["adamw"]}
             adamw_step(bucket, ready.grad, present, [ready.options], PhaseClock())
@@ -116,4 +116,4 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> in
         communicator.abandon(error)
         raise
     state["step"] = communicator.step
-    return calls
+    return work

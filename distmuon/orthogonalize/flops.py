@@ -1,0 +1,102 @@
+"""How many operations the matrix products of an orthogonalization take, in the form it really has.
+
+A multiplication and an addition count as two. Symmetric products that are cut into panels count
+what their panels do, which is a little over half. What is elementwise is not counted.
+
+A new form needs a new branch in `_form_flops`, and a case in its test, which compares these counts
+with torch's own counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from distmuon.orthogonalize import policy, products, stability
+from distmuon.orthogonalize.coefficients import Coefficients, resolve
+from distmuon.orthogonalize.policy import Form
+from distmuon.orthogonalize.schedule import Schedule
+from distmuon.orthogonalize.stability import Arithmetic, Halves
+
+
+def count_flops(
+    shape: Sequence[int],
+    *,
+    coefficients: Coefficients = "p5",
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+) -> int:
+    """Operations of `orthogonalize` on one float32 matrix, with method "auto".
+
+    Args:
+        shape: (m, n), in either orientation.
+        coefficients: as in `orthogonalize`.
+        steps: likewise.
+        dtype: likewise, of the products.
+        device: where they run; it decides the form and whether products are cut.
+
+    Returns:
+        A count.
+
+    Raises:
+        TypeError: as in `orthogonalize`.
+        ValueError: as in `orthogonalize`.
+    """
+    m, n = sorted(shape)
+    schedule = resolve(coefficients, steps)
+    # Of this shape and device, without its memory.
+    like = torch.empty((), device=device).expand(m, n)
+    work = policy.working_dtype(like, "auto", dtype)
+    precision = policy.arithmetic(work, device)
+    form = policy.choose_form(like, schedule, precision)
+    return _form_flops((m, n), schedule, form, precision, device.type)
+
+
+@cache
+def _form_flops(
+    shape: tuple[int, int], schedule: Schedule, form: Form, precision: Arithmetic, device_type: str
+) -> int:
+    m, n = shape
+    square, long = (_symmetric(m, k, device_type) for k in (m, n))
+    if form == "gram":
+        windows = stability.windows(schedule, precision)
+        return sum(long + _transform(len(w)) * square + 2 * m * m * n for w in windows)
+    # R = X Xᵀ, its square, and the factor times X, in every step.
+    return schedule.steps * (long + square + 2 * m * m * n)
+
+
+def count_part_flops(short: int, width: int, halves: Halves | None, device: torch.device) -> int:
+    """Operations of one rank for its part of a matrix that several ranks share.
+
+    Args:
+        short: the matrix's shorter side, m.
+        width: the part's share of the longer one.
+        halves: the schedule, for the rank that finds the transform; None for the others.
+        device: where the products run.
+
+    Returns:
+        A count: the part's Gram matrix, both factors times the part, and the transform.
+    """
+    flops = _symmetric(short, width, device.type) + 2 * (2 * short * short * width)
+    if halves is not None:
+        square = _symmetric(short, short, device.type)
+        products_of_r = _transform(len(halves.first)) + _transform(len(halves.second)) + 1
+        flops += products_of_r * square + 2 * short**3
+    return flops
+
+
+def _transform(steps: int) -> int:
+    """Symmetric products of `gram_transform`: one in its first step, four in each other."""
+    return 4 * steps - 3 if steps else 0
+
+
+def _symmetric(m: int, k: int, device_type: str) -> int:
+    """Operations of `symmetric_product` of [m, k] and [k, m]."""
+    if device_type != "cpu" or m < products.SMALLEST_CUT:
+        return 2 * m * m * k
+    starts = range(0, m, products.PANEL)
+    stops = [min(start + products.PANEL, m) for start in starts]
+    return sum(2 * (stop - start) * stop * k for start, stop in zip(starts, stops, strict=True))

@@ -1,0 +1,56 @@
+"""Operations are counted as torch's own counter sees them pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distmuon import orthogonalize
+from distmuon.orthogonalize.coefficients import Coefficients
+from distmuon.orthogonalize.flops import count_flops, count_part_flops
+from distmuon.orthogonalize.parts import apply_transform, check_parts, find_transform, part_gram
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 1), (32, 32), (32, 128), (128, 32), (64, 100), (384, 400), (400, 1000), (1000, 385)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("coefficients", ["p5", "keller", "polar_express"])
+def test_the_count_is_torchs_own(shape: tuple[int, int], coefficients: Coefficients) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(shape), coefficients=coefficients)
+    told = count_flops(shape, coefficients=coefficients, device=CPU)
+    assert told == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(48, 96), (64, 64)])
+def test_dtype_and_steps_are_followed(
+    dtype: torch.dtype, steps: int, shape: tuple[int, int]
+) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(shape), coefficients="keller", steps=steps, dtype=dtype)
+    told = count_flops(shape, coefficients="keller", steps=steps, dtype=dtype, device=CPU)
+    assert told == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("m", [32, 400])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_shared_matrix_costs_what_its_parts_do(m: int, steps: int) -> None:
+    widths = (100, 300)
+    halves = check_parts("keller", steps, torch.float64, CPU)
+    with FlopCounterMode(display=False) as counter:
+        parts = [part_gram(torch.randn(m, width), dtype=torch.float64) for width in widths]
+        transform = find_transform([p.gram for p in parts], [p.largest for p in parts], halves)
+        for part in parts:
+            apply_transform(part, transform)
+    told = [count_part_flops(m, widths[0], halves, CPU), count_part_flops(m, widths[1], None, CPU)]
+    assert sum(told) == counter.get_total_flops()
+
+
+def test_the_gram_form_counts_for_less_where_it_is_taken() -> None:
+    square, wide = (count_flops(shape, device=CPU) for shape in ((512, 512), (512, 2048)))
+    assert wide < 4 * square
+    assert count_flops((512, 2048), device=CPU) == count_flops((2048, 512), device=CPU)
