@@ -7,6 +7,7 @@ from distmuon.optimizer import Muon
 from distmuon.orthogonalize import orthogonalize
 from distmuon.param_groups import build_param_groups
 from distmuon.report import Report
+from distmuon.summary import summarize
 from distmuon.version import __version__
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "__version__",
     "build_param_groups",
     "orthogonalize",
+    "summarize",
 ]

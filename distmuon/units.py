@@ -33,3 +33,20 @@ def format_time(seconds: float) -> str:
         if seconds * factor < 999.95:
             return f"{seconds * factor:.1f} {unit}"
     return f"{seconds:,.1f} s"
+
+
+def format_flops(count: float) -> str:
+    """Write a number of floating-point operations with a decimal prefix.
+
+    Args:
+        count: At least 0.
+
+    Returns:
+        Such as "512 FLOP", "1.50 MFLOP" or "2.35 TFLOP": prefixes are powers of 1,000.
+    """
+    value = float(count)
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.0f} FLOP" if not prefix else f"{value:.2f} {prefix}FLOP"
+        value /= 1000
+    return f"{value:,.2f} PFLOP"

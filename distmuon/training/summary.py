@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from distmuon import Muon
+from distmuon import Muon, summarize
 from distmuon.deepspeed import ZeroOrtho
-from distmuon.report import Report
 from distmuon.training.config import Config
 from distmuon.training.metrics import StepMetrics
 from distmuon.training.optimizers import state_bytes
@@ -118,48 +117,13 @@ def describe_optimizer(optimizer: Optimizer, config: Config, world: World) -> st
     Raises:
         RuntimeError: if a matrix was not orthogonalized exactly once per step.
     """
-    name = _optimizer_name(config, world)
     if not isinstance(optimizer, Muon | ZeroOrtho):
         held = [row[0] for row in world.collect([state_bytes(optimizer)])]
-        return f"{name}\n  state per rank    {_per_rank(held)}"
-    return f"{name}\n{_describe_muon(optimizer.report(), world)}"
-
-
-def _describe_muon(report: Report, world: World) -> str:
-    kinds = sorted(report.bytes_sent)
-    rows = world.collect(
-        [
-            report.matrices_owned,
-            report.newton_schulz_calls,
-            report.newton_schulz_expected,
-            report.state_bytes,
-            *(report.bytes_sent[kind] for kind in kinds),
-        ]
-    )
-    owned, calls, expected, held, *sent = (list(column) for column in zip(*rows, strict=True))
-    should = report.matrices * report.steps
-    if not (sum(owned) == report.matrices and sum(calls) == sum(expected) == should):
-        raise RuntimeError(
-            f"{report.matrices} matrices x {report.steps} steps need {should} orthogonalizations. "
-            f"Owned by rank: {owned}; expected by rank: {expected}; done by rank: {calls}."
-        )
-    per_step = (
-        f"{kind} {format_bytes(sum(counts) / max(report.steps, 1))}"
-        for kind, counts in zip(kinds, sent, strict=True)
-    )
-    elements = report.muon_parameters + report.adamw_parameters
-    return "\n".join(
-        (
-            f"  matrices          {sum(owned)} of {report.matrices} orthogonalized every step, "
-            f"each by one rank ({_per_rank(owned, unit='matrices')})",
-            f"  Newton-Schulz     {sum(calls):,} calls of {sum(expected):,} expected, "
-            f"over {report.steps:,} steps and {world.size} rank{'s' if world.size > 1 else ''}",
-            f"  elements          {report.muon_parameters:,} of {elements:,} by Muon, "
-            f"{report.adamw_parameters:,} by AdamW",
-            f"  sent per step     {', '.join(per_step) or 'nothing'} (all ranks together)",
-            f"  state per rank    {_per_rank(held)}",
-        )
-    )
+        return f"{_optimizer_name(config, world)}\nstate per rank {_per_rank(held)}"
+    summary = summarize(optimizer)
+    if summary.problem or summary.calls != summary.matrices * summary.steps:
+        raise RuntimeError(str(summary))
+    return str(summary)
 
 
 def _optimizer_name(config: Config, world: World) -> str:
@@ -167,8 +131,8 @@ def _optimizer_name(config: Config, world: World) -> str:
     return f"{name} under ZeRO-1 on {world.size} ranks" if world.size > 1 else name
 
 
-def _per_rank(counts: Sequence[int], *, unit: str = "bytes") -> str:
-    shown = [format_bytes(count) if unit == "bytes" else str(count) for count in counts]
+def _per_rank(counts: Sequence[int]) -> str:
+    shown = [format_bytes(count) for count in counts]
     if len(counts) > RANKS_SHOWN:
         low, high = min(counts), max(counts)
         if low == high:

@@ -32,6 +32,7 @@ FLOORS = (
     ("norms",),
     ("engine",),
     ("report",),
+    ("summary",),
     ("optimizer",),
     ("grad_scaler",),
     ("distmuon",),

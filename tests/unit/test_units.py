@@ -1,6 +1,6 @@
 import pytest
 
-from distmuon.units import format_bytes, format_time
+from distmuon.units import format_bytes, format_flops, format_time
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,11 @@ def test_bytes_get_a_readable_unit(count: float, text: str) -> None:
 )
 def test_times_get_a_readable_unit(seconds: float, text: str) -> None:
     assert format_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 FLOP"), (999, "999 FLOP"), (61_300_000, "61.30 MFLOP"), (2.5e18, "2,500.00 PFLOP")],
+)
+def test_operations_get_a_readable_unit(count: float, text: str) -> None:
+    assert format_flops(count) == text

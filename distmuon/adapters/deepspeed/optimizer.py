@@ -221,6 +221,11 @@ class ZeroOrtho(torch.optim.Optimizer):
         self._read()
         return self._partitions
 
+    @property
+    def communicator(self) -> Communicator:
+        """The ranks that the first group is sharded over; this one alone in stage 0."""
+        return next(iter(self._communicators.values()), Communicator(None))
+
     def report(self) -> Report:
         """What this rank has done so far. Never a collective.
 
@@ -243,7 +248,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             )
             for rule in ALGORITHMS
         }
-        first = next(iter(self._communicators.values()), Communicator(None))
+        first = self.communicator
         return Report(
             steps=self._steps,
             skipped=0,
