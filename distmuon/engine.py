@@ -15,9 +15,11 @@ from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.collectives import Communicator
 from distmuon.desync import check_desync
+from distmuon.diagnostics import Diagnostics
 from distmuon.failure import RankFailure, Topic
 from distmuon.gradients import GradientSource, make_source
 from distmuon.norms import GradientNorms, gradient_norms
+from distmuon.observer import make_observer
 from distmuon.options import GroupOptions, Policy, read_options
 from distmuon.phases import make_clock
 from distmuon.relayout import carry_state
@@ -39,6 +41,7 @@ class Engine:
         expected: Owned matrices that had a gradient, summed over the steps.
         flops: Operations of the products that this took on this rank.
         norms: Of the gradients at the last clipping.
+        diagnostics: Of the last step that was measured.
         clock: Times the phases of a step, if the policy says so.
     """
 
@@ -70,6 +73,7 @@ class Engine:
         self.source: GradientSource = make_source(policy.reduce, self.buckets, communicator)
         self._names = tuple(name for bucket in self.buckets for name in bucket.spec.names)
         self.norms = GradientNorms(math.nan, math.nan, math.nan)
+        self.diagnostics: Diagnostics | None = None
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self.calls = self.expected = self.flops = 0
         self._averages_unchecked = policy.reduce == "ddp"
@@ -88,7 +92,7 @@ class Engine:
             before: The engine so far; of no more use afterwards.
         """
         counts = "steps", "skipped", "calls", "expected", "flops", "_skipped_in_a_row"
-        for name in (*counts, "norms"):
+        for name in (*counts, "norms", "diagnostics"):
             setattr(self, name, getattr(before, name))
         self._communicator.step = self.steps + 1
         before.source.clear()
@@ -167,18 +171,25 @@ class Engine:
     def _update(self, ready: _Ready, verdict: agreement.Verdict) -> None:
         agreed = iter(verdict.present)
         published = []
-        for bucket, update in zip(self.buckets, ready.updates, strict=True):
+        shared = self.buckets, ready.options, self._communicator
+        observer = make_observer(self._policy.diagnostics_every, self.steps + 1, *shared)
+        flops = 0
+        for index, (bucket, update) in enumerate(zip(self.buckets, ready.updates, strict=True)):
             active = [next(agreed) for _ in bucket.spec.parameters]
+            probe = observer.before(index, update, active)
             if bucket.spec.algorithm == "muon":
-                work = muon_step(bucket, update, active, ready.options, self.clock)
+                work = muon_step(bucket, update, active, ready.options, self.clock, probe)
                 self.calls += work.matrices
-                self.flops += work.flops
                 self.expected += sum(active[i] for i in bucket.owned)
+                flops += work.flops
             else:
                 adamw_step(bucket, update, active, ready.options, self.clock)
+            observer.after(index, update)
             published.append(bucket.shard.publish(self._communicator))
         for message in published:
             message.wait()
+        self.flops += flops
+        self.diagnostics = observer.finish(flops) or self.diagnostics
 
     def _check_parameters(self) -> None:
         # Before the update: publishing it overwrites what other ranks hold of each range. At the

@@ -76,6 +76,7 @@ class Muon(torch.optim.Optimizer):
         check_desync_every: int = 0,
         state_dict_kind: StateDictKind = "whole",
         profile: Profile = "off",
+        diagnostics_every: int = 0,
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -113,13 +114,14 @@ class Muon(torch.optim.Optimizer):
             state_dict_kind: What `state_dict` returns: "whole" tensors, or what
                 `sharded_state_dict` does, for frameworks on torch.distributed.checkpoint.
             profile: "phases" times the phases of a step for `report()`.
+            diagnostics_every: Steps between two looks at the updates (docs/diagnostics.md).
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        last = layout, cost_model, max_split, split_dtype, profile
+        last = layout, cost_model, max_split, split_dtype, profile, diagnostics_every
         self.policy = Policy(
             reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *last
         )

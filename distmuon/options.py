@@ -27,7 +27,13 @@ NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
 # Past four parts a matrix of a transformer sends more than its pieces would.
 MAX_SPLIT = 4
 # Integers of a Policy, and the least that each may be.
-_LEAST = (("max_skips", 1), ("wave_bytes", 1), ("check_desync_every", 0), ("max_split", 1))
+_LEAST = (
+    ("max_skips", 1),
+    ("wave_bytes", 1),
+    ("check_desync_every", 0),
+    ("max_split", 1),
+    ("diagnostics_every", 0),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ class Policy:
         max_split: Most ranks that may share one matrix; 1 for none.
         split_dtype: Dtype of the Gram matrices and transforms of shared matrices.
         profile: Whether the phases of a step are timed: "off" or "phases".
+        diagnostics_every: Steps between two looks at updates and weights; 0 for none.
 
     Raises:
         ValueError: for a value out of range.
@@ -101,6 +108,7 @@ class Policy:
     max_split: int = 1
     split_dtype: SplitDtype = "float32"
     profile: Profile = "off"
+    diagnostics_every: int = 0
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -10,6 +10,7 @@ from typing_extensions import override
 from distmuon.buckets import BucketSpec
 from distmuon.collectives import Communicator
 from distmuon.cost import default_cost_model
+from distmuon.diagnostics import Diagnostics
 from distmuon.engine import Engine
 from distmuon.norms import GradientNorms
 from distmuon.ownership import Ownership
@@ -43,6 +44,7 @@ class Report:
             "newton-schulz", "scatter wait", "apply", "adamw", "publish wait". On CUDA the stream's
             time, for which `report` waits.
         state_bytes: Optimizer state on this rank, fp32 master weights included.
+        diagnostics: Of the last step that was measured (diagnostics_every), over all ranks.
         muon_parameters: Elements updated by Muon in the whole model.
         adamw_parameters: Elements updated by AdamW in the whole model.
     """
@@ -61,6 +63,7 @@ class Report:
     gradient_norms: GradientNorms | None
     seconds: Mapping[str, float]
     state_bytes: int
+    diagnostics: Diagnostics | None
     muon_parameters: int
     adamw_parameters: int
 
@@ -107,6 +110,7 @@ def make_report(
         gradient_norms=engine.norms if engine else None,
         seconds=engine.clock.seconds() if engine else {},
         state_bytes=sum(bucket.shard.state_bytes for bucket in engine.buckets) if engine else 0,
+        diagnostics=engine.diagnostics if engine else None,
         muon_parameters=sum(spec.numel for spec in muon),
         adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),
     )

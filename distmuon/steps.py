@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distmuon import update_rules
 from distmuon.buckets import Bucket
+from distmuon.diagnostics import Probe
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.flops import count_flops, count_part_flops
@@ -47,6 +48,7 @@ def muon_step(
     present: Sequence[bool],
     options: Sequence[GroupOptions],
     clock: PhaseClock,
+    probe: Probe,
 ) -> Work:
     """Update this rank's range of a Muon bucket.
 
@@ -56,6 +58,7 @@ def muon_step(
         present: For each parameter whether it has a gradient; equal on all ranks.
         options: Of each parameter group.
         clock: Times the phases.
+        probe: Is shown every matrix that this rank orthogonalizes alone.
 
     Returns:
         What this rank did.
@@ -89,6 +92,7 @@ def muon_step(
                 name = ownership.layout.specs[tensor].name
                 error.add_note(f"while orthogonalizing {name} {list(matrix.shape)}")
                 raise
+            probe.look(tensor, value)
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
     jobs = _split_jobs(bucket, present, options)

@@ -176,5 +176,5 @@ def summarize(optimizer: Reporting) -> Summary:
         The same on every rank; `print` shows two lines.
     """
     # The planned loads are a number for every rank on every rank, and no part of it.
-    mine = replace(optimizer.report(), loads=())
+    mine = replace(optimizer.report(), loads=(), diagnostics=None)
     return combine(optimizer.communicator.collect(mine))

@@ -99,6 +99,31 @@ def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nestero
         grad.copy_(momentum_buffer)
 
 
+def adamw_direction(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """What `adamw_` has just subtracted from the parameter, over lr; read from its state.
+
+    Args:
+        exp_avg: First moment after the update.
+        exp_avg_sq: Second moment after it.
+        step: Number of that update, from 1.
+        betas: As in `adamw_`.
+        eps: As in `adamw_`.
+
+    Returns:
+        A new tensor like `exp_avg`.
+    """
+    beta1, beta2 = betas
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    return exp_avg.div(denominator).div_(1 - beta1**step)
+
+
 def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
     """Decoupled weight decay, then the step: `param = param*(1 - lr*weight_decay) - lr*update`.
 

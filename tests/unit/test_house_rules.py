@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # each other. A new file must be given a place here.
 FLOORS = (
     ("version", "layout", "update_rules", "orthogonalize", "routing", "failure", "phases", "units"),
-    ("cost", "fixed_order", "splits", "stacks"),
+    ("cost", "diagnostics", "fixed_order", "splits", "stacks"),
     ("ownership", "options", "param_groups", "reduction", "split_plan"),
     ("plan", "choice", "group_check"),
     # Above this line rooms may communicate.
@@ -29,7 +29,7 @@ FLOORS = (
     ("desync", "reducer", "relayout", "state_part", "steps"),
     ("state_io",),
     ("gradients",),
-    ("norms",),
+    ("norms", "observer"),
     ("engine",),
     ("report",),
     ("summary",),

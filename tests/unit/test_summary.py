@@ -26,6 +26,7 @@ def report(rank: int, world_size: int, *, calls: int, expected: int, owned: int 
         loads=(5, 5),
         bytes_sent={"agree": 3000, "publish": 3 * 10**8},
         gradient_norms=None,
+        diagnostics=None,
         seconds={},
         state_bytes=1000 * (rank + 1),
         muon_parameters=70,

@@ -266,6 +266,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             ),
             bytes_sent=dict(sent),
             gradient_norms=None,
+            diagnostics=None,
             state_bytes=sum(
                 value.untyped_storage().nbytes()
                 for state in self.state.values()

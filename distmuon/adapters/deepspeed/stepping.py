@@ -12,6 +12,7 @@ from distmuon import agreement
 from distmuon.adapters.deepspeed.partition import MomentumKey, Partition, momentum_of
 from distmuon.buckets import STATE_NAMES
 from distmuon.collectives import Communicator
+from distmuon.diagnostics import Probe
 from distmuon.failure import Topic
 from distmuon.options import GroupOptions, read_options
 from distmuon.phases import PhaseClock
@@ -107,7 +108,8 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> Wo
     try:
         if bucket.spec.algorithm == "muon":
             bucket.shard.state = {"momentum_buffer": momentum_of(state, momentum_key)}
-            work = muon_step(bucket, ready.grad, present, [ready.options], PhaseClock())
+            nothing = PhaseClock(), Probe()
+            work = muon_step(bucket, ready.grad, present, [ready.options], *nothing)
         else:
             bucket.shard.state = {name: state[name] for name in STATE_NAMES["adamw"]}
             adamw_step(bucket, ready.grad, present, [ready.options], PhaseClock())
