@@ -80,7 +80,8 @@ class Diagnostics:
     """One step, over all ranks; the same on each of them.
 
     Attributes:
-        step: Number of the step, from 1.
+        step: How often the parameters have been updated, with this step. AdamW's loaded state, or a
+            checkpoint of `distmuon.checkpoint`, brings its count along.
         gradient_norms: As `GroupDiagnostics.gradient_norm`, over all groups of an algorithm.
         groups: Each parameter group that was updated.
         matrices: Some of Muon's matrices, others each time.

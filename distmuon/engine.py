@@ -172,7 +172,7 @@ class Engine:
         agreed = iter(verdict.present)
         published = []
         shared = self.buckets, ready.options, self._communicator
-        observer = make_observer(self._policy.diagnostics_every, self.steps + 1, *shared)
+        observer = make_observer(self._policy.diagnostics_every, *shared)
         flops = 0
         for index, (bucket, update) in enumerate(zip(self.buckets, ready.updates, strict=True)):
             active = [next(agreed) for _ in bucket.spec.parameters]

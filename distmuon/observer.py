@@ -227,23 +227,25 @@ def _pick(buckets: Sequence[Bucket], turn: int) -> list[_Pick]:
 
 def make_observer(
     every: int,
-    step: int,
     buckets: Sequence[Bucket],
     options: Sequence[GroupOptions],
     communicator: Communicator,
 ) -> Observer:
-    """The observer of a step.
+    """The observer of the step that begins.
 
     Args:
         every: Steps between two that are measured, the first is another; 0 for none.
-        step: Its number, from 1.
-        buckets: That it updates.
+        buckets: That the step updates.
         options: Of each parameter group.
         communicator: The group.
 
     Returns:
         One that measures, if it is the step's turn.
     """
-    if not every or (step != 1 and step % every):
+    if not every:
+        return Observer()
+    # The parameters' own counts, which a checkpoint keeps: the same steps after a restart.
+    step = 1 + max(count for bucket in buckets for count in bucket.shard.steps)
+    if step != 1 and step % every:
         return Observer()
     return StepObserver(step, step // every, buckets, options, communicator)

@@ -14,6 +14,7 @@ from distmuon.diagnostics import Diagnostics
 from distmuon.engine import Engine
 from distmuon.norms import GradientNorms
 from distmuon.ownership import Ownership
+from distmuon.units import format_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Report:
         return (
             f"rank {self.rank} of {self.world_size}: Muon orthogonalized "
             f"{self.matrices_owned} of {self.matrices} matrices x {self.steps} steps = "
-            f"{self.newton_schulz_calls:,} of {self.newton_schulz_expected:,}; "
+            f"{self.newton_schulz_calls:,} of {self.newton_schulz_expected:,} in "
+            f"{format_flops(self.newton_schulz_flops)}; "
             f"{self.muon_parameters:,} elements by Muon, {self.adamw_parameters:,} by AdamW; "
             f"state {self.state_bytes:,} bytes; bytes sent per step: {sent or 'none'}"
         )

@@ -23,6 +23,7 @@ _YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 # May a key differ from the checkpoint's? "free": also in the run that goes on. "fork": only in a
 # new run that begins with its state. "fixed": never, the state would mean something else.
 OnResume = Literal["free", "fork", "fixed"]
+LOGGERS = ("tensorboard", "wandb")
 
 
 class ConfigError(ValueError):
@@ -86,6 +87,9 @@ class RunConfig:
     timeout_s: float = _key(
         300.0, "seconds until a collective with a dead rank is an error", "free"
     )
+    loggers: tuple[str, ...] = _key(
+        (), "where metrics go besides metrics.jsonl: tensorboard, wandb, or both", "free"
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -98,6 +102,8 @@ class RunConfig:
         _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
         positive = _finite(self.timeout_s) and self.timeout_s > 0
         _require(positive, "run.timeout_s", self.timeout_s, "> 0 (seconds)")
+        for name in self.loggers:
+            _require(name in LOGGERS, "run.loggers", name, f"one of {', '.join(LOGGERS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +207,11 @@ class TrainConfig:
     eval_every: int = _key(
         100, "steps between two validations; the last step always has one", "free"
     )
+    diagnostics_every: int = _key(
+        0,
+        "steps between two looks at updates, weights and attention logits; 0 for none (muon only)",
+        "free",
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -209,6 +220,8 @@ class TrainConfig:
         _require(0.0 <= self.warmup < 1.0, "train.warmup", self.warmup, "0 <= x < 1")
         _require(0.0 <= self.final_lr <= 1.0, "train.final_lr", self.final_lr, "0 <= x <= 1")
         _require(_finite(self.clip) and self.clip >= 0, "train.clip", self.clip, ">= 0")
+        every = self.diagnostics_every
+        _require(every >= 0, "train.diagnostics_every", every, ">= 0")
 
 
 @dataclass(frozen=True, slots=True)

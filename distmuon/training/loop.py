@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 from distmuon.training.config import Config, Launch, check_batch
 from distmuon.training.data import Corpus, load_corpus
+from distmuon.training.loggers import CarefulLogger, open_loggers, require_loggers
 from distmuon.training.metrics import Interval, MetricsLog, Progress, StepMetrics, Stopwatch
 from distmuon.training.plot import plot_losses
 from distmuon.training.progress import ProgressView, make_progress
@@ -36,15 +38,19 @@ class Recorder:
     Attributes:
         log: the file.
         view: the terminal.
+        loggers: of `run.loggers`.
     """
 
     log: MetricsLog
     view: ProgressView
+    loggers: Sequence[CarefulLogger]
 
     def record(self, metrics: StepMetrics) -> None:
-        """Write a line to the file and show it."""
+        """Write a line to the file, show it, and pass it on."""
         self.log.write(metrics)
         self.view.show(metrics)
+        for logger in self.loggers:
+            logger.log(metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,7 @@ def run_training(config: Config, launch: Launch) -> None:
         NonFiniteError: on every rank, if the loss explodes.
     """
     check_batch(config.train, launch.world_size)
+    require_loggers(config.run.loggers)
     corpus = load_corpus(config.data)
     notice: Literal["print", "silent"] = "print" if launch.rank == 0 else "silent"
     with StopSignals(notice=notice) as signals, join_world(config.run, launch) as world:
@@ -156,7 +163,9 @@ def _train_recorded(
             view = make_progress(
                 steps=run.trainer.config.train.steps, output=launch.output, done=run.progress.step
             )
-            recorder = Recorder(log, stack.enter_context(view))
+            config, step = run.trainer.config, run.progress.step
+            loggers = stack.enter_context(open_loggers(config, run.folder, step=step))
+            recorder = Recorder(log, stack.enter_context(view), loggers)
         _train(run, recorder, signals)
 
 
@@ -174,7 +183,8 @@ def _train(run: Run, recorder: Recorder | None, signals: StopSignals) -> None:
         if recorder is not None:
             recorder.view.advance()
         # The first step is logged too: it shows where the loss starts.
-        if last or val_loss is not None or step == 1 or step % train.log_every == 0:
+        due = last or step == 1 or step % train.log_every == 0
+        if due or val_loss is not None or result.diagnostics is not None:
             if recorder is not None:
                 recorder.record(_measure(trainer, result, progress, val_loss))
             progress.logged, progress.interval = step, Interval()
@@ -201,6 +211,9 @@ def _measure(
         tokens_per_s=tokens / interval.train_s,
         optimizer_ms=1e3 * interval.optimizer_s / interval.steps,
         elapsed_s=progress.elapsed_s,
+        step_ms=1e3 * interval.train_s / interval.steps,
+        diagnostics=result.diagnostics,
+        max_logits=result.max_logits,
     )
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
+
+from distmuon.diagnostics import Diagnostics, GroupDiagnostics, MatrixDiagnostics
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,9 @@ class StepMetrics:
         tokens_per_s: bytes trained on per second, all ranks together, validation not counted.
         optimizer_ms: mean time of one optimizer step in milliseconds, on rank 0.
         elapsed_s: seconds since the first step began, validation included.
+        step_ms: mean time of a whole step in milliseconds, on rank 0; None in older files.
+        diagnostics: of this step, if it was measured (`train.diagnostics_every`).
+        max_logits: largest attention logit of each layer in this step, likewise.
     """
 
     step: int
@@ -33,6 +44,9 @@ class StepMetrics:
     tokens_per_s: float
     optimizer_ms: float
     elapsed_s: float
+    step_ms: float | None = None
+    diagnostics: Diagnostics | None = None
+    max_logits: Mapping[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -88,14 +102,22 @@ class MetricsLog:
     path: Path
     lines: list[StepMetrics] = field(default_factory=list)
     _file: TextIO | None = None
+    _warned: bool = False
 
     def __enter__(self) -> MetricsLog:
-        """Open the file; from now on it has the first lines and no others."""
+        """Open the file; from now on it has the first lines and no others.
+
+        Raises:
+            OSError: if it cannot be written; once a run trains, that only makes it warn.
+        """
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(map(_as_json, self.lines)), encoding="utf-8")
         partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        return self
 
     def __exit__(
         self,
@@ -104,26 +126,83 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            # Closing writes what an earlier write could not.
+            with suppress(OSError):
+                file.close()
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append one line; it is in the file when this returns, so a killed run keeps it."""
-        assert self._file is not None
+        """Append one line; it is in the file when this returns, so a killed run keeps it.
+
+        If the disk is full or gone it says so once and goes on; as soon as it can be written again
+        the file has all lines.
+        """
         self.lines.append(metrics)
-        self._file.write(_as_json(metrics))
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._begin()
+            else:
+                self._file.write(_as_json(metrics))
+                self._file.flush()
+        except OSError as error:
+            self._close()
+            if not self._warned:
+                _logger.warning("%s is not written: %s. Training goes on.", self.path, error)
+            self._warned = True
 
 
 def _as_json(metrics: StepMetrics) -> str:
-    return json.dumps(asdict(metrics)) + "\n"
+    row: dict[str, Any] = asdict(metrics)
+    for key in ("diagnostics", "max_logits"):
+        if row[key] is None:
+            del row[key]
+    if metrics.diagnostics is not None:
+        for group, shown in zip(
+            metrics.diagnostics.groups, row["diagnostics"]["groups"], strict=True
+        ):
+            shown |= {"ratio": group.ratio, "effective_lr": group.effective_lr}
+        for shown in (*row["diagnostics"]["groups"], *row["diagnostics"]["matrices"]):
+            # JSON has no word for numbers that are not finite.
+            unknown = [k for k, v in shown.items() if isinstance(v, float) and not math.isfinite(v)]
+            shown |= dict.fromkeys(unknown)
+    return json.dumps(row) + "\n"
+
+
+def _from_json(line: str) -> StepMetrics:
+    row = json.loads(line)
+    if row.get("diagnostics") is not None:
+        row["diagnostics"] = _read_diagnostics(row["diagnostics"])
+    return StepMetrics(**row)
+
+
+def _read_diagnostics(row: dict[str, Any]) -> Diagnostics:
+    def read(kind: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+        keys = [each.name for each in fields(kind)]
+        plain = ({key: each[key] for key in keys} for each in rows)
+        return tuple(
+            kind(**{key: math.nan if value is None else value for key, value in each.items()})
+            for each in plain
+        )
+
+    return Diagnostics(
+        **{
+            **row,
+            "groups": read(GroupDiagnostics, row["groups"]),
+            "matrices": read(MatrixDiagnostics, row["matrices"]),
+            "owner_flops": tuple(row["owner_flops"]),
+        }
+    )
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
     """Read a `metrics.jsonl` file."""
     # A run that was killed while it wrote leaves half a line, without an end.
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [StepMetrics(**json.loads(line)) for line in whole.splitlines()]
+    return [_from_json(line) for line in whole.splitlines()]
 
 
 class Stopwatch:

@@ -104,6 +104,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.core = CoreAttention()
 
     @override
     def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         query = rotate(self._split_heads(self.q_proj(hidden)), table)
         key = rotate(self._split_heads(self.k_proj(hidden)), table)
         value = self._split_heads(self.v_proj(hidden))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = self.core(query, key, value)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -119,6 +120,15 @@ class Attention(nn.Module):
         """[batch, length, dim] -> [batch, heads, length, dim / heads]."""
         batch, length, dim = x.shape
         return x.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+
+
+class CoreAttention(nn.Module):
+    """Causal attention itself; a module of its own, so that hooks see queries and keys."""
+
+    @override
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Mix values [batch, heads, length, dim / heads]; all three arguments have this shape."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 class MLP(nn.Module):

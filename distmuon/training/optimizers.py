@@ -21,7 +21,9 @@ from distmuon.training.world import World
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, world: World) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, world: World, *, diagnostics_every: int = 0
+) -> Optimizer:
     """Build Muon, or AdamW; either keeps 1/N of its state on each of N ranks (ZeRO-1).
 
     Both decay the same parameters: those that `build_param_groups` says.
@@ -30,15 +32,25 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, world: World) -> 
         model: the bare model, not its DDP wrapper, so that names are the model's own.
         config: the section `optimizer`.
         world: with its process group, or without for one process.
+        diagnostics_every: steps between two looks at the updates; Muon's alone.
 
     Raises:
         ConfigError: for a value that the optimizer refuses.
     """
     groups = build_param_groups(model, weight_decay=config.weight_decay)
     if config.name == "adamw":
+        if diagnostics_every:
+            raise ConfigError(
+                "train.diagnostics_every needs optimizer.name=muon: torch's AdamW has none.",
+                key="train.diagnostics_every",
+            )
         return _build_adamw(groups, config, world)
+    ours: dict[str, Any] = {
+        "process_group": world.group,
+        "diagnostics_every": diagnostics_every,
+    }
     try:
-        return Muon(groups, process_group=world.group, **muon_options(config))
+        return Muon(groups, **ours, **muon_options(config))
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
 

@@ -63,6 +63,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files, with `run.loggers=[tensorboard]`."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Weights & Biases' own files, with `run.loggers=[wandb]`."""
+        return self.path / "wandb"
+
+    @property
     def lock(self) -> Path:
         """Held by rank 0 while it runs; has torchrun's name of the job."""
         return self.path / ".lock"
@@ -84,8 +94,9 @@ class RunFolder:
         """Remove the files of a run and no others."""
         for file in (self.config, self.metrics, self.plot, self.weights):
             file.unlink(missing_ok=True)
-        if self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)
+        for folder in (self.checkpoints, self.tensorboard, self.wandb):
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
     def job(self) -> str | None:
         """Read which job of torchrun's wrote here last; None if it had no name."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,6 +15,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from distmuon import Muon
+from distmuon.diagnostics import Diagnostics
+from distmuon.training.attention_logits import record_max_logits
 from distmuon.training.config import Config, check_batch
 from distmuon.training.data import Corpus, read_windows, train_starts, val_starts
 from distmuon.training.engines import Engine, build_engine
@@ -37,12 +42,16 @@ class StepResult:
         grad_norm: before clipping.
         lr: that the step used.
         optimizer_s: seconds in `optimizer.step`.
+        diagnostics: of this step, if it was its turn.
+        max_logits: largest attention logit of each layer over all ranks, likewise.
     """
 
     loss: float
     grad_norm: float
     lr: float
     optimizer_s: float
+    diagnostics: Diagnostics | None = None
+    max_logits: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +86,11 @@ class Trainer:
             NonFiniteError: on all ranks, before the weights are touched.
         """
         self.engine.zero_grad()
-        loss = self.forward_backward(step)
         config = self.config.train
+        every = config.diagnostics_every
+        due = bool(every) and (step == 0 or (step + 1) % every == 0)
+        with record_max_logits(self.model) if due else nullcontext() as logits:
+            loss = self.forward_backward(step)
         grad_norm = float(self.engine.clip(config.clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(
@@ -92,7 +104,17 @@ class Trainer:
         self.world.synchronize()
         optimizer_s = time.perf_counter() - began
         self.engine.advance()
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=float(lr), optimizer_s=optimizer_s)
+        result = StepResult(loss, grad_norm, float(lr), optimizer_s)
+        return result if logits is None else self._diagnose(result, logits)
+
+    def _diagnose(self, result: StepResult, logits: Mapping[str, Tensor]) -> StepResult:
+        assert isinstance(self.optimizer, Muon), "build_optimizer refuses the others"
+        largest = self.world.largest_reals([float(logit) for logit in logits.values()])
+        return replace(
+            result,
+            diagnostics=self.optimizer.report().diagnostics,
+            max_logits=dict(zip(logits, largest, strict=True)),
+        )
 
     def forward_backward(self, step: int) -> float:
         """Leave the averaged gradient in the model; return the mean loss of all ranks."""
@@ -160,7 +182,8 @@ def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
     if config.run.engine == "deepspeed":
         optimizer = build_zero_optimizer(model, config, world)
     else:
-        optimizer = build_optimizer(model, config.optimizer, world)
+        every = config.train.diagnostics_every
+        optimizer = build_optimizer(model, config.optimizer, world, diagnostics_every=every)
     scheduled = partial(build_schedule, config=config.train)
     engine, schedule = build_engine(config, world, model, optimizer, scheduled)
     return Trainer(config, world, corpus, model, engine, optimizer, schedule)

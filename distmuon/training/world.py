@@ -68,6 +68,13 @@ class World:
         """Return the largest of an integer over the ranks. A collective."""
         return max(row[0] for row in self.collect([value]))
 
+    def largest_reals(self, values: Sequence[float]) -> list[float]:
+        """Return the largest of each number over the ranks. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return [float(value) for value in tensor.tolist()]
+
     def from_first(self, make: Callable[[], T]) -> T:
         """Let rank 0 alone do something, and hand its result to every rank. A collective.
 

@@ -186,3 +186,17 @@ def test_bfloat16_parameters_are_measured_in_their_masters() -> None:
     (group,) = found(optimizer.report()).groups
     assert group.update_rms == pytest.approx(0.2, rel=0.05)
     assert group.weight_rms == pytest.approx(rms(matrix.detach().float()), rel=1e-2)
+
+
+def test_steps_are_counted_on_after_a_restart() -> None:
+    first, last = train(None, diagnostics_every=4), train(None, diagnostics_every=4)
+    assert found(first[1].report()).step == 4
+    last[1].load_state_dict(first[1].state_dict())
+    before = found(last[1].report())
+    for number in range(6, 9):
+        assert found(last[1].report()) is before, f"step {number - 1} is not measured"
+        for group in last[1].param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        last[1].step()
+    assert found(last[1].report()).step == 8

@@ -52,6 +52,7 @@ TALKING_ROOMS = ("cli", "training", "launch")
 PUBLIC_ROOMS = (
     "distmuon",
     "deepspeed",
+    "diagnostics",
     "training",
     "checkpoint",
     "adapters",
