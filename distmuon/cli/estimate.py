@@ -1,0 +1,123 @@
+"""`distmuon estimate`: what each rank holds in memory, under AdamW and under distmuon."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from distmuon.cli.model_options import (
+    MODEL_HELP,
+    add_model_options,
+    read_cost_model,
+    read_overrides,
+    read_source,
+)
+from distmuon.cli.output import DONE, Column, CommandError, Table, print_json, print_table
+from distmuon.units import format_bytes
+
+if TYPE_CHECKING:
+    from distmuon.forecast.memory import Kind, Memory
+
+_EPILOG = f"""\
+{MODEL_HELP}
+
+examples:
+  distmuon estimate llama-3-70b --world-size 64 --reduce hook
+  distmuon estimate configs/shakespeare.yaml --world-size 2
+
+Counted: tensors of the model, the optimizer and DistributedDataParallel, on the rank that has most.
+Not counted: activations, the framework itself, what the allocator keeps in reserve.
+
+exit codes: 0 done, 2 wrong usage or a model that cannot be planned"""
+
+_NAMES: dict[Kind, str] = {
+    "adamw-ddp": "AdamW DDP",
+    "adamw-zero1": "AdamW ZeRO-1",
+    "distmuon": "distmuon",
+}
+_HELD = (
+    ("parameters", "parameters and buffers"),
+    ("gradients", "gradients"),
+    ("buckets", "DDP's buckets"),
+    ("master", "fp32 master weights"),
+    ("momentum", "momentum"),
+    ("moments", "AdamW moments"),
+)
+_DURING = (
+    ("averages", "averaged gradients of my range"),
+    ("exchange", "exchange buffers"),
+    ("work", "temporaries"),
+)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `estimate`.
+
+    Args:
+        commands: Of `distmuon`.
+    """
+    parser = commands.add_parser(
+        "estimate",
+        help="memory per rank, beside AdamW with and without ZeRO-1",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    found = _estimate(options)
+    if options.json:
+        answer = {
+            kind: {
+                **{field.name: getattr(memory, field.name) for field in fields(memory)},
+                "held": memory.held,
+                "most": memory.most,
+            }
+            for kind, memory in found.items()
+        }
+        print_json({"model": options.model, "ranks": options.world_size, "bytes": answer})
+        return DONE
+    print(f"{options.model} on {options.world_size:,} ranks, the one that has most\n")
+    print_table(_table(found))
+    return DONE
+
+
+def _estimate(options: argparse.Namespace) -> dict[Kind, Memory]:
+    from distmuon.forecast.memory import estimate_memory
+
+    gc.disable()  # as for plan: many small objects, and all of them stay
+    try:
+        source = read_source(options)
+        return estimate_memory(
+            source.model,
+            world_size=options.world_size,
+            cost_model=read_cost_model(options, source)[0],
+            weight_decay=source.weight_decay,
+            overrides=read_overrides(options),
+            options=source.options,
+        )
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    finally:
+        gc.enable()
+
+
+def _table(found: dict[Kind, Memory]) -> Table:
+    def row(text: str, key: str) -> tuple[str, ...]:
+        counts = (int(getattr(memory, key)) for memory in found.values())
+        return (text, *(format_bytes(count) if count else "-" for count in counts))
+
+    rows = [
+        *(row(text, key) for key, text in _HELD),
+        row("held between steps", "held"),
+        *(row(text, key) for key, text in _DURING),
+        row("most during a step", "most"),
+    ]
+    columns = (Column("bytes per rank"), *(Column(_NAMES[kind], "right") for kind in found))
+    empty = ("-",) * len(found)
+    return Table(columns, tuple(each for each in rows if each[1:] != empty))
