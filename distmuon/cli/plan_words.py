@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distmuon.cli.output import Column, Table
 from distmuon.forecast.folding import write_ranges
 from distmuon.forecast.forecast import Buffer, Forecast, Row
-from distmuon.units import format_bytes, format_time
+from distmuon.units import format_bytes, format_flops, format_time
 
 # More owners than these are counted, not named.
 _OWNERS_NAMED = 4
@@ -66,7 +66,7 @@ def facts(forecast: Forecast, rates: str) -> list[tuple[str, str]]:
     """
     busiest, idle = max(forecast.loads), forecast.loads.count(0)
     work = (
-        f"{_operations(busiest)} of Newton-Schulz on the busiest rank, "
+        f"{format_flops(busiest)} of Newton-Schulz on the busiest rank, "
         f"{forecast.imbalance:.3f} times the mean"
     )
     if idle:
@@ -82,7 +82,7 @@ def facts(forecast: Forecast, rates: str) -> list[tuple[str, str]]:
         (
             "rates",
             f"latency {format_time(model.latency)}, bandwidth {model.bandwidth / 1e9:g} GB/s, "
-            f"Newton-Schulz {_operations(model.flops)}/s"
+            f"Newton-Schulz {format_flops(model.flops)}/s"
             + (f", {len(model.measured)} measured shapes" if model.measured else "")
             + f" ({rates})",
         ),
@@ -195,7 +195,7 @@ def _times(forecast: Forecast) -> list[str]:
             continue
         parts = [
             f"Newton-Schulz {format_time(found.compute)}",
-            f"exchange {format_time(found.exchange)} in {found.waves} waves beside it",
+            f"exchange {format_time(found.exchange)} in {_waves(found.waves)} beside it",
             f"publish {format_time(found.publish)}",
         ]
         if found.shared:
@@ -207,17 +207,14 @@ def _times(forecast: Forecast) -> list[str]:
     return lines
 
 
+def _waves(count: int) -> str:
+    return "1 wave" if count == 1 else f"{count} waves"
+
+
 def _options(forecast: Forecast) -> str:
     policy = forecast.policy
     text = f'layout="{policy.layout}", reduce="{policy.reduce}"'
     return text + (f", max_split={policy.max_split}" if policy.max_split > 1 else "")
-
-
-def _operations(count: float) -> str:
-    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count / 1e6:.4g} MFLOP"
 
 
 def _mean(counts: Sequence[int]) -> str:
