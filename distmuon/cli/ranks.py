@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -18,6 +19,8 @@ from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from distmuon.cli.output import USAGE, CommandError
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
@@ -91,6 +94,62 @@ def choose_team(ranks: int | None, device: Device, *, default: int, limit_s: flo
         machines = launch.world_size // max(launch.local_world_size, 1)
         return Team("joined", launch.world_size, launch.rank, machines, device, limit_s)
     return Team("own", ranks or (gpus if device == "cuda" else default), 0, 1, device, limit_s)
+
+
+def add_rank_options(parser: argparse.ArgumentParser, *, default: int, limit_s: float) -> None:
+    """Add the options of every command that runs on ranks.
+
+    Args:
+        parser: Of the command.
+        default: Ranks on a CPU.
+        limit_s: Seconds that they may take.
+    """
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        help=f"ranks to start (default: one for each GPU if there are two or more, else {default})",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=limit_s,
+        metavar="SECONDS",
+        help=f"stop ranks that take longer (default: {limit_s:g})",
+    )
+
+
+def team_of(options: argparse.Namespace, *, default: int) -> Team:
+    """The ranks that a command line asks for.
+
+    Args:
+        options: With those of `add_rank_options`.
+        default: Ranks on a CPU.
+
+    Raises:
+        CommandError: if it cannot have them.
+    """
+    try:
+        return choose_team(options.ranks, options.device, default=default, limit_s=options.timeout)
+    except ValueError as error:
+        raise CommandError(str(error), code=USAGE) from None
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1.
+
+    Args:
+        text: What the user wrote.
+
+    Raises:
+        ValueError: if it is no whole number, and so ArgumentTypeError if it is below 1.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def run_team(team: Team, function: Callable[..., T], *arguments: Any) -> list[T]:

@@ -24,7 +24,7 @@ from distmuon.cli.output import (
     print_json,
     print_table,
 )
-from distmuon.cli.ranks import RanksError, Team, choose_team, run_team
+from distmuon.cli.ranks import RanksError, Team, add_rank_options, run_team, team_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,47 +100,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_json_option(parser)
     parser.set_defaults(run=_run)
-
-
-def add_rank_options(parser: argparse.ArgumentParser, *, default: int, limit_s: float) -> None:
-    """Add the options of every command that runs on ranks.
-
-    Args:
-        parser: Of the command.
-        default: Ranks on a CPU.
-        limit_s: Seconds that they may take.
-    """
-    parser.add_argument(
-        "--ranks",
-        type=_positive,
-        help=f"ranks to start (default: one for each GPU if there are two or more, else {default})",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=limit_s,
-        metavar="SECONDS",
-        help=f"stop ranks that take longer (default: {limit_s:g})",
-    )
-
-
-def team_of(options: argparse.Namespace, *, default: int) -> Team:
-    """The ranks that a command line asks for.
-
-    Args:
-        options: With those of `add_rank_options`.
-        default: Ranks on a CPU.
-
-    Raises:
-        CommandError: if it cannot have them.
-    """
-    try:
-        return choose_team(options.ranks, options.device, default=default, limit_s=options.timeout)
-    except ValueError as error:
-        raise CommandError(str(error), code=USAGE) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +204,3 @@ def _check(device: torch.device, wish: _Wish) -> list[Row]:
     finally:
         if folder is not None and dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number

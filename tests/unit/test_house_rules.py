@@ -39,7 +39,7 @@ FLOORS = (
     ("checkpoint", "migrate"),
     ("adapters",),
     ("deepspeed",),
-    ("training", "selftest"),
+    ("training", "selftest", "measure"),
     ("forecast",),
     ("pictures",),
     ("cli",),
