@@ -11,11 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distmuon.cli import bench, ckpt, doctor, estimate, init, plan, train, verify
+from distmuon.cli import bench, ckpt, doctor, estimate, init, plan, plot, train, verify
 from distmuon.cli.output import EXIT_CODES, CommandError, print_error
 from distmuon.version import __version__
 
-COMMANDS = (init, train, plan, estimate, verify, bench, doctor, ckpt)
+COMMANDS = (init, train, plan, estimate, verify, bench, plot, doctor, ckpt)
 
 DESCRIPTION = f"Tools around distmuon, Muon with ZeRO-1.\n\n{EXIT_CODES}"
 

@@ -133,7 +133,7 @@ def _print(forecast: Forecast, rates: str) -> None:
 def _write_pictures(forecast: Forecast, rates: str, options: argparse.Namespace) -> None:
     if options.html is None and options.png is None:
         return
-    from distmuon.pictures.plan import draw_plan
+    from distmuon.forecast.picture import draw_plan
 
     try:
         picture = draw_plan(forecast)

@@ -7,11 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
+from distmuon.pictures.figure import to_png
 from distmuon.training.config import Config, Launch, check_batch
+from distmuon.training.curves import LOSS
+from distmuon.training.curves import Run as NamedRun
 from distmuon.training.data import Corpus, load_corpus
 from distmuon.training.loggers import CarefulLogger, open_loggers, require_loggers
 from distmuon.training.metrics import Interval, MetricsLog, Progress, StepMetrics, Stopwatch
-from distmuon.training.plot import plot_losses
+from distmuon.training.plot import draw_runs
 from distmuon.training.progress import ProgressView, make_progress
 from distmuon.training.resume import choose_start, earlier_metrics, open_folder
 from distmuon.training.run_folder import RunFolder
@@ -224,6 +227,7 @@ def _write_files(trainer: Trainer, folder: RunFolder, lines: list[StepMetrics]) 
         f"{config.run.name}: {OPTIMIZER_NAMES[config.optimizer.name]}, lr {config.optimizer.lr:g}"
     )
     if lines:
-        plot_losses(lines, folder.plot, title=title)
+        picture = draw_runs([NamedRun(title, tuple(lines))], (LOSS,))
+        folder.plot.write_bytes(to_png(picture))
     # Last: with the weights the run is finished.
     folder.save_weights(trainer.model)

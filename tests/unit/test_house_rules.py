@@ -39,9 +39,9 @@ FLOORS = (
     ("checkpoint", "migrate"),
     ("adapters",),
     ("deepspeed",),
+    ("kernels",),
     ("training", "selftest", "measure"),
     ("forecast",),
-    ("pictures",),
     ("cli",),
     ("__main__",),
     ("launch",),
@@ -61,6 +61,7 @@ PUBLIC_ROOMS = (
     "update_rules",
     "report",
     "units",
+    "pictures",
 )
 
 # DeepSpeed has no registry but torch.optim's names; `register` says so and is never called for you.

@@ -16,14 +16,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from distmuon.pictures.figure import to_png
 from distmuon.training.config import Config, ConfigError, Launch, TrainConfig
 from distmuon.training.config_file import load_config
+from distmuon.training.curves import LOSS, Run
 from distmuon.training.data import load_corpus
 from distmuon.training.loop import run_training
 from distmuon.training.metrics import MetricsLog, StepMetrics, read_metrics
 from distmuon.training.model import Transformer
 from distmuon.training.optimizers import build_optimizer, lr_scale, state_bytes
-from distmuon.training.plot import plot_losses
+from distmuon.training.plot import draw_runs
 from distmuon.training.progress import BarProgress, PlainProgress, format_seconds, make_progress
 from distmuon.training.resume import Start, open_folder
 from distmuon.training.run_folder import RunFolder
@@ -160,10 +162,9 @@ def test_a_log_begins_with_the_lines_of_the_sitting_before(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_picture_is_a_png_even_for_one_point(tmp_path: Path) -> None:
-    path = tmp_path / "loss.png"
-    plot_losses([metrics(1, val_loss=2.0)], path, title="one")
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_the_picture_is_a_png_even_for_one_point() -> None:
+    picture = to_png(draw_runs([Run("one", (metrics(1, val_loss=2.0),))], (LOSS,)))
+    assert picture.startswith(b"\x89PNG")
 
 
 def test_plain_lines_hold_every_figure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 from distmuon import CostModel
+from distmuon.forecast import picture as pictures
 from distmuon.forecast.forecast import Forecast, make_forecast
 from distmuon.forecast.models import MODELS
-from distmuon.pictures import plan as pictures
 from distmuon.pictures.figure import to_png
 from tests.unit.cli.test_plan import unclear
 
