@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from distmuon.collectives import Communicator
+from distmuon.errors import see, with_entry
 from distmuon.failure import Topic
 from distmuon.options import MissingGrad
 from distmuon.plan import digest
@@ -40,7 +41,7 @@ def check_same_setup(communicator: Communicator, lines: Sequence[str]) -> None:
             raise RuntimeError(
                 f"Ranks {others} do not have the same optimizer as rank 0. First difference: "
                 f"rank 0 has '{here}', rank {others[0]} has '{there}'. Build the same model and "
-                "the same groups, in the same order, on every rank."
+                "the same groups, in the same order, on every rank." + see("ranks-differ")
             )
     raise AssertionError("digests differ where the lines do not")
 
@@ -73,7 +74,7 @@ def check_averaged(
                 f"The gradients of {name} differ between ranks: their norms are "
                 f"{min(values):.6g} to {max(values):.6g}. They must be averaged over the process "
                 "group before step(): wrap the model in DistributedDataParallel, and leave its "
-                "no_sync() context for the last micro-batch."
+                "no_sync() context for the last micro-batch." + see("gradient-not-averaged")
             )
     return compared
 
@@ -148,6 +149,7 @@ def agree(
         raise RuntimeError(
             "No parameter has a gradient. Call backward() before step(), and zero_grad() after it. "
             "(load_state_dict(assign=True) replaces the Parameters that the optimizer knows.)"
+            + see("missing-gradient")
         )
     return Verdict([count > 0 for count in counts], message)
 
@@ -179,7 +181,9 @@ def _raise_problem(communicator: Communicator, problem: Exception | None, phase:
         raise problem
     for rank, message in enumerate(said):
         if message is not None:
-            raise RuntimeError(f"Rank {rank} cannot {phase}: {message}")
+            raise RuntimeError(
+                with_entry(f"Rank {rank} cannot {phase}: {message}", "one-rank-stopped")
+            )
 
 
 def _raise_options(communicator: Communicator, options: str) -> NoReturn:
@@ -193,7 +197,7 @@ def _raise_options(communicator: Communicator, options: str) -> NoReturn:
     raise RuntimeError(
         f"The hyperparameters differ between ranks: rank 0 has {here}, rank {other} has {there}. "
         "Feed schedulers the same values on every rank (a loss averaged over the ranks, not each "
-        "rank's own)."
+        "rank's own)." + see("ranks-differ")
     )
 
 
@@ -211,7 +215,7 @@ def _refuse_partial(
             f"{names[partial[0]]} has a gradient on some ranks but not on ranks {without} "
             f"({len(partial)} parameters are so). Every rank must use the same parameters in its "
             "backward pass; DistributedDataParallel(find_unused_parameters=True) fills in zeros, "
-            'and so does Muon(reduce="owned", missing_grad="zero").'
+            'and so does Muon(reduce="owned", missing_grad="zero").' + see("missing-gradient")
         )
 
 

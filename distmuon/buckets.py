@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 from distmuon.choice import choose
 from distmuon.collectives import Communicator
 from distmuon.cost import default_cost_model
+from distmuon.errors import see
 from distmuon.exchange import Exchange
 from distmuon.layout import Layout, TensorSpec, flat_layout
 from distmuon.options import Algorithm, GroupOptions, Policy
@@ -215,4 +216,5 @@ def refuse_shared_storage(specs: Sequence[BucketSpec]) -> None:
             raise ValueError(
                 f"{name} and {other} are two Parameters over the same memory, which would part at "
                 "the first step. Tie weights by using one Parameter in both places."
+                + see("bad-group")
             )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.failure import LIMIT_S, RankFailure, RollCall, Topic, Verdict, explain, within
 from distmuon.phases import PhaseClock
 
@@ -97,6 +98,7 @@ class Communicator:
                 f"Invalid process_group of type {type(process_group).__name__}. Must be a "
                 "torch.distributed.ProcessGroup that this rank is a member of, such as "
                 "torch.distributed.group.WORLD after init_process_group(), or None."
+                + see("bad-option")
             )
         self._group = process_group
         self.rank = 0 if process_group is None else process_group.rank()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distmuon.errors import see
+
 
 def newton_schulz_cost(shape: Sequence[int], steps: int = 5) -> int:
     """Floating-point operations of quintic Newton-Schulz on a stack of matrices.
@@ -50,14 +52,19 @@ class CostModel:
     def __post_init__(self) -> None:
         """Check every value; order the measured shapes, so that equal models look equal."""
         if not isinstance(self.measured, Mapping):
-            raise TypeError(f"Invalid measured={self.measured!r}. Must be a mapping from (m, n).")
+            raise TypeError(
+                f"Invalid measured={self.measured!r}. Must be a mapping from (m, n)."
+                + see("bad-option")
+            )
         rates = {key: getattr(self, key) for key in ("latency", "bandwidth", "flops")}
         times = {f"measured[{shape}]": value for shape, value in self.measured.items()}
         for key, value in {**rates, **times}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"Invalid {key}={value!r}. Must be a number.")
+                raise TypeError(f"Invalid {key}={value!r}. Must be a number." + see("bad-option"))
             if not 0.0 < value < math.inf:
-                raise ValueError(f"Invalid {key}={value}. Must be > 0 and finite.")
+                raise ValueError(
+                    f"Invalid {key}={value}. Must be > 0 and finite." + see("bad-option")
+                )
         ordered = sorted((min(s), max(s), value) for s, value in self.measured.items())
         object.__setattr__(self, "measured", {(m, n): value for m, n, value in ordered})
 

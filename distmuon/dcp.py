@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from distmuon.errors import see
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
@@ -131,7 +133,7 @@ class StateHandle(Tensor):
                 # A TypeError would become Python's own "unsupported operand" in `handle + 1`.
                 raise RuntimeError(
                     f"{operation} does not work on {found or 'a StateHandle'}, which stands for "
-                    f"one rank's part of a sharded tensor. {_WAYS_OUT}"
+                    f"one rank's part of a sharded tensor. {_WAYS_OUT}" + see("partial-state")
                 )
 
     def _with(self, local: Tensor) -> StateHandle:
@@ -139,7 +141,9 @@ class StateHandle(Tensor):
 
     def _take(self, other: StateHandle) -> StateHandle:
         if not self.covers_as(other):
-            raise ValueError(f"{other!r} covers another range than {self!r}.")
+            raise ValueError(
+                f"{other!r} covers another range than {self!r}." + see("partial-state")
+            )
         self.local.copy_(other.local)
         return self
 
@@ -163,7 +167,7 @@ class StateHandle(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             f"{self!r} cannot be pickled: torch.save would write one rank's part, and the other "
-            f"ranks' would be lost. {_WAYS_OUT}"
+            f"ranks' would be lost. {_WAYS_OUT}" + see("partial-state")
         )
 
     def _pieces(self) -> Iterator[tuple[Box, Tensor]]:
@@ -223,7 +227,10 @@ class StateHandle(Tensor):
         for box, piece in self._pieces():
             if torch.Size(box.offsets) == index.offset:
                 return piece
-        raise ValueError(f"{index.fqn} has no piece at {index.offset} on this rank: {self!r}.")
+        raise ValueError(
+            f"{index.fqn} has no piece at {index.offset} on this rank: {self!r}."
+            + see("partial-state")
+        )
 
 
 _WAYS_OUT = (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distmuon.buckets import Bucket
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 
 # Odd weights: an odd number times any change is not 0 modulo 2**64, so that no single changed word
 # goes unseen. Their period is prime, so that rows of a power-of-two length weigh differently.
@@ -44,7 +45,7 @@ def check_desync(communicator: Communicator, buckets: Sequence[Bucket], step: in
         f"Desync after step {step}: {names[differing[0]]} is not the same on all ranks; ranks "
         f"{ranks} differ from the majority ({len(differing)} parameters differ in all). Something "
         "wrote to the parameters of some ranks only, or a transfer was corrupted. Restart these "
-        "ranks from a checkpoint."
+        "ranks from a checkpoint." + see("desync")
     )
 
 

@@ -16,6 +16,7 @@ from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.collectives import Communicator
 from distmuon.desync import check_desync
 from distmuon.diagnostics import Diagnostics
+from distmuon.errors import see
 from distmuon.failure import RankFailure, Topic
 from distmuon.gradients import GradientSource, make_source
 from distmuon.norms import GradientNorms, gradient_norms
@@ -113,10 +114,12 @@ class Engine:
         if self._policy.reduce == "ddp":
             raise ValueError(
                 'reduce="ddp" takes gradients that are averaged already, so there is nothing to '
-                'attach. Use Muon(..., reduce="hook") or reduce="owned".'
+                'attach. Use Muon(..., reduce="hook") or reduce="owned".' + see("attach")
             )
         if self._attached:
-            raise RuntimeError("A model is attached already. Build a new optimizer for another.")
+            raise RuntimeError(
+                "A model is attached already. Build a new optimizer for another." + see("attach")
+            )
         self.source.attach(model)
         self._attached = True
 
@@ -136,7 +139,7 @@ class Engine:
         if needs_model and not self._attached:
             raise RuntimeError(
                 f'reduce="{self._policy.reduce}" averages the gradients itself: call '
-                "attach(model) once, before the first backward pass."
+                "attach(model) once, before the first backward pass." + see("attach")
             )
 
     def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -231,6 +234,7 @@ class Engine:
             raise RuntimeError(
                 f"The groups have {sizes} parameters now, and {self._sizes} when they were laid "
                 "out over the ranks. Call refresh() on every rank after add_param_group()."
+                + see("changed-parameters")
             )
 
     def unscale(self, factor: float) -> bool:
@@ -272,6 +276,7 @@ class Engine:
                 "torch's GradScalers unscale and inspect p.grad, but with this reduce= mode the "
                 "averaged gradients are elsewhere: they would stay scaled, and each rank would "
                 "have a scale of its own. Use distmuon.GradScaler, which takes the same arguments."
+                + see("grad-scaler")
             )
         self._inspected = False
         if float(found_inf) > 0:
@@ -337,16 +342,19 @@ class Engine:
 
     def _skip(self, message: str) -> None:
         if self._policy.nonfinite == "raise":
-            raise FloatingPointError(f"{message} Skip the batch or lower the lr.")
+            raise FloatingPointError(
+                f"{message} Skip the batch or lower the lr." + see("non-finite")
+            )
         if self._skipped_in_a_row == self._policy.max_skips:
             raise FloatingPointError(
                 f"{message} {self._policy.max_skips} steps in a row were skipped before this one "
                 "(max_skips): training no longer moves. Lower the lr or look at the data."
+                + see("non-finite")
             )
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._communicator.rank == 0:
-            _logger.warning("Step skipped. %s", message)
+            _logger.warning("Step skipped. %s%s", message, see("non-finite"))
 
 
 class _Ready(NamedTuple):

@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from typing_extensions import override
 
+from distmuon.errors import Entry, see
+
 T = TypeVar("T")
 
 # What the other ranks get to notice and to leave a note; the first closes its connections to them,
@@ -93,6 +95,15 @@ class Verdict(NamedTuple):
     text: str
 
 
+_ENTRIES: dict[str, Entry] = {
+    "gone": "rank-lost",
+    "silent": "rank-late",
+    "raised": "one-rank-stopped",
+    "apart": "ranks-apart",
+    "unknown": "rank-lost",
+}
+
+
 class RankFailure(RuntimeError):
     """A rank is dead, late, or stopped with an error, so the others cannot go on.
 
@@ -119,6 +130,7 @@ class RankFailure(RuntimeError):
         super().__init__(
             f"Step {step}, {topic}: {explanation} The process group cannot be used any more and "
             "the step may be half done: restart from the last checkpoint."
+            + see(_ENTRIES[verdict.reason])
         )
         self.step = step
         self.phase, self.wave, self.names = topic.phase, topic.wave, topic.names

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from distmuon.buckets import Bucket
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 from distmuon.options import Reduce
 from distmuon.reducer import Reducer
 
@@ -52,7 +53,7 @@ class GradientSource:
         """
         raise RuntimeError(
             'The optimizer\'s no_sync() is for reduce="owned". Use the no_sync() of '
-            "DistributedDataParallel."
+            "DistributedDataParallel." + see("attach")
         )
 
     def present(self) -> list[list[bool]]:
@@ -74,7 +75,7 @@ class GradientSource:
                 raise RuntimeError(
                     f"{name} was frozen at attach() and is trainable now, but nobody averages its "
                     "gradient or updates it. Freeze it, or call add_param_group(), refresh() and "
-                    "attach() on every rank."
+                    "attach() on every rank." + see("attach")
                 )
 
     def scale_(self, factor: float) -> None:
@@ -161,12 +162,12 @@ class HookGradients(_ReducedGradients):
         if not isinstance(model, DistributedDataParallel):
             raise TypeError(
                 f'reduce="hook" is for DistributedDataParallel, not for {type(model).__name__}. '
-                'Wrap the model first, or use reduce="owned" without DDP.'
+                'Wrap the model first, or use reduce="owned" without DDP.' + see("attach")
             )
         if not self._communicator.same_ranks(model.process_group):
             raise ValueError(
                 "DistributedDataParallel and the optimizer have different process groups, so their "
-                "averages would differ. Give both the same process_group."
+                "averages would differ. Give both the same process_group." + see("attach")
             )
         super().attach(model)
         method = weakref.WeakMethod(self._on_gradient)
@@ -199,7 +200,7 @@ class HookGradients(_ReducedGradients):
                     raise RuntimeError(
                         f"The gradient of {name} was not reduced over the ranks: the last backward "
                         "pass ran under no_sync(), or went through the bare module instead of the "
-                        "one given to attach()."
+                        "one given to attach()." + see("gradient-not-averaged")
                     )
         return super().read()
 
@@ -251,7 +252,7 @@ class OwnedGradients(_ReducedGradients):
         if isinstance(model, DistributedDataParallel):
             raise TypeError(
                 'reduce="owned" replaces DistributedDataParallel. Attach the bare module, or use '
-                'reduce="hook".'
+                'reduce="hook".' + see("attach")
             )
         super().attach(model)
         for bucket in self._buckets:
@@ -285,7 +286,7 @@ class OwnedGradients(_ReducedGradients):
             raise RuntimeError(
                 "A parameter got a second gradient after its first was sent. Run every backward "
                 "pass of a step but the last under optimizer.no_sync(), and call zero_grad() "
-                "when a step is left out."
+                "when a step is left out." + see("gradient-not-averaged")
             )
         if self._end == "open":
             self._end = "queued"
@@ -340,11 +341,12 @@ def _require_same_parameters(model: nn.Module, buckets: Sequence[Bucket]) -> Non
     for name in (name for parameter, name in trained.items() if parameter not in known):
         raise ValueError(
             f"{name} is trainable but not in the optimizer: its gradient would never be averaged. "
-            "Freeze it or add it to a group."
+            "Freeze it or add it to a group." + see("attach")
         )
     for name in (name for parameter, name in known.items() if parameter not in trained):
         raise ValueError(
             f"{name} is in the optimizer but no trainable parameter of the attached model."
+            + see("attach")
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.options import read_options
 from distmuon.orthogonalize.coefficients import resolve
 
@@ -32,7 +33,9 @@ def read_group(
         TypeError: as `check_group`, or if it is no group at all.
     """
     if not isinstance(group, dict):
-        raise TypeError(f"Invalid group of type {type(group).__name__}. Must be a dict.")
+        raise TypeError(
+            f"Invalid group of type {type(group).__name__}. Must be a dict." + see("bad-group")
+        )
     entries = list_parameters(group, index)
     named = name_parameters(entries, index)
     check_group({**defaults, **group, "params": named}, index)
@@ -53,10 +56,15 @@ def list_parameters(group: Mapping[str, Any], index: int) -> list[Any]:
         TypeError: if "params" is missing or a set.
     """
     if "params" not in group:
-        raise TypeError(f'Group {index} has no "params". It has {sorted(group)}.')
+        raise TypeError(
+            f'Group {index} has no "params". It has {sorted(group)}.' + see("bad-group")
+        )
     params = group["params"]
     if isinstance(params, (set, frozenset)):
-        raise TypeError(f"Group {index} has its params in a set: ranks would order them apart.")
+        raise TypeError(
+            f"Group {index} has its params in a set: ranks would order them apart."
+            + see("bad-group")
+        )
     return [params] if isinstance(params, Tensor) else list(params)
 
 
@@ -76,7 +84,10 @@ def name_parameters(entries: Sequence[Any], index: int) -> list[tuple[str, Tenso
     for entry in entries:
         if isinstance(entry, tuple) and (len(entry) != 2 or not isinstance(entry[0], str)):
             kinds = ", ".join(type(part).__name__ for part in entry)
-            raise TypeError(f"Group {index} has the entry ({kinds}). Must be (FQN, parameter).")
+            raise TypeError(
+                f"Group {index} has the entry ({kinds}). Must be (FQN, parameter)."
+                + see("bad-group")
+            )
     named = [
         entry if isinstance(entry, tuple) else (f"group {index} parameter {position}", entry)
         for position, entry in enumerate(entries)
@@ -85,6 +96,7 @@ def name_parameters(entries: Sequence[Any], index: int) -> list[tuple[str, Tenso
         if not isinstance(parameter, Tensor):
             raise TypeError(
                 f"{name} is a {type(parameter).__name__}. Must be a torch.nn.Parameter."
+                + see("bad-group")
             )
     return named
 
@@ -104,7 +116,9 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     for key in group:
         close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
         if key not in (*_KEYS, *_SCHEDULER_KEYS) and close:
-            raise ValueError(f"Unknown {key=} in group {index}. Did you mean {close[0]!r}?")
+            raise ValueError(
+                f"Unknown {key=} in group {index}. Did you mean {close[0]!r}?" + see("bad-group")
+            )
     options = read_options(group, index)
     try:
         resolve(options.ns_coefficients, options.ns_steps)
@@ -141,7 +155,7 @@ def merge_groups(
     if sizes != saved_sizes:
         raise ValueError(
             f"The saved groups have {saved_sizes} parameters, this optimizer's {sizes}. Build the "
-            "same groups as in the run that saved them."
+            "same groups as in the run that saved them." + see("state-mismatch")
         )
     merged = []
     for index, (here, there) in enumerate(zip(groups, saved, strict=True)):
@@ -150,6 +164,7 @@ def merge_groups(
             raise ValueError(
                 f"Group {index} was saved with algorithm={group['algorithm']!r}, here it has "
                 f"{here['algorithm']!r}. Build the same groups as in the run that saved them."
+                + see("state-mismatch")
             )
         if group["adjust_lr_fn"] is None:  # torch.optim.Muon's default
             group["adjust_lr_fn"] = "original"
@@ -185,7 +200,7 @@ def require_muon(groups: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             'No parameter is routed to Muon: every group is empty or has algorithm="adamw". '
             "Use torch.optim.AdamW if that is meant, or give at least one group of matrices "
-            'algorithm="muon".'
+            'algorithm="muon".' + see("routing")
         )
 
 
@@ -209,11 +224,13 @@ def join_names(known: Mapping[Tensor, str], named: Sequence[tuple[str, Tensor]])
             raise ValueError(
                 f"{name} is already in the optimizer as {names[parameter]}. Every parameter "
                 "must be in exactly one group, once; a tied weight is one parameter."
+                + see("bad-group")
             )
         if name in taken:
             raise ValueError(
                 f"Two parameters are called {name}: their states could not be told apart in a "
                 "checkpoint. Give each its own FQN, for two models with a prefix."
+                + see("bad-group")
             )
         names[parameter] = name
         taken.add(name)
@@ -284,7 +301,7 @@ def _saved_keys(
         raise ValueError(
             f"Group {index} was saved without {missing[0]}; in its place it has {foreign[0]} "
             f"({len(missing)} parameters differ). Load it into the same model, or rename its keys; "
-            'to load by position leave "param_names" out of its groups.'
+            'to load by position leave "param_names" out of its groups.' + see("state-mismatch")
         )
     return [found[name] for name in wanted]
 
@@ -294,18 +311,27 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"{name} is a DTensor. distmuon shards plain parameters itself; leave them unsharded "
             "(DistributedDataParallel), or use an optimizer made for FSDP2."
+            + see("sharded-elsewhere")
         )
     if parameter.layout != torch.strided:
-        raise TypeError(f"{name} has layout {parameter.layout}. Must be dense (torch.strided).")
+        raise TypeError(
+            f"{name} has layout {parameter.layout}. Must be dense (torch.strided)."
+            + see("bad-tensor")
+        )
     if not parameter.is_floating_point():
-        raise TypeError(f"{name} has dtype {parameter.dtype}. Must be real floating point.")
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}. Must be real floating point." + see("bad-tensor")
+        )
     if not parameter.requires_grad:
         raise ValueError(
             f"{name} is frozen (requires_grad=False). Leave it out of the groups, as "
-            "build_param_groups does, or unfreeze it first."
+            "build_param_groups does, or unfreeze it first." + see("routing")
         )
     if parameter.numel() == 0:
-        raise ValueError(f"{name} has shape {list(parameter.shape)}, no elements. Leave it out.")
+        raise ValueError(
+            f"{name} has shape {list(parameter.shape)}, no elements. Leave it out."
+            + see("bad-tensor")
+        )
 
 
 def _check_matrix(name: str, parameter: Tensor) -> None:
@@ -313,4 +339,5 @@ def _check_matrix(name: str, parameter: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {list(parameter.shape)}. Muon takes matrices [m, n] or stacks "
             '[E, m, n] of them; give it algorithm="adamw" (build_param_groups routes for you).'
+            + see("routing")
         )

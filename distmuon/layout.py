@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+from distmuon.errors import see
+
 LayoutKind = Literal["flat", "aligned"]
 LayoutChoice = Literal[LayoutKind, "auto"]
 
@@ -165,7 +167,7 @@ def flat_layout(specs: Sequence[TensorSpec], world_size: int) -> Layout:
         ValueError: if `world_size` is below 1.
     """
     if world_size < 1:
-        raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
+        raise ValueError(f"Invalid {world_size=}. Must be >= 1." + see("bad-option"))
     ends = list(accumulate((align(spec.numel) for spec in specs), initial=0))
     shard_numel = align(-(-ends[-1] // world_size))
     return Layout(tuple(specs), tuple(ends[:-1]), world_size, shard_numel)

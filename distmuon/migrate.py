@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distmuon.dcp import StateHandle
+from distmuon.errors import see
 from distmuon.group_check import canonical_name
 from distmuon.optimizer import Muon
 
@@ -55,7 +56,7 @@ def with_names(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str,
     if len(keys) != len(names) or len(set(names)) != len(names):
         raise ValueError(
             f"There are {len(names)} names, {len(set(names))} of them different, for the "
-            f"{len(keys)} parameters of the state dictionary."
+            f"{len(keys)} parameters of the state dictionary." + see("state-mismatch")
         )
     named = dict(zip(keys, names, strict=True))
     return {
@@ -89,14 +90,16 @@ def import_state_dict(
     for position, state_dict in enumerate(state_dicts):
         for name, entry in _by_name(state_dict, position).items():
             if name in found:
-                raise ValueError(f"{name} has state in two of the given dictionaries.")
+                raise ValueError(
+                    f"{name} has state in two of the given dictionaries." + see("state-mismatch")
+                )
             found[name] = entry
     known = [known for _, known in _list_known(optimizer)]
     foreign = sorted(found.keys() - {canonical_name(each.name) for each in known})
     if foreign:
         raise ValueError(
             f"There is state of {foreign[:3]} ({len(foreign)} such parameters), which this "
-            "optimizer does not have. Build it over the same parameters."
+            "optimizer does not have. Build it over the same parameters." + see("state-mismatch")
         )
     state = {
         each.name: _read(each, found.get(canonical_name(each.name), {}), momentum_convention)
@@ -141,12 +144,15 @@ def export_state_dict(
         for parameter, name, key in zip(group["params"], names, saved["params"], strict=True):
             known = by_parameter.get(parameter) or by_name.get(canonical_name(name))
             if known is None:
-                raise ValueError(f"{name} of the target's group {index} is not in this optimizer.")
+                raise ValueError(
+                    f"{name} of the target's group {index} is not in this optimizer."
+                    + see("state-mismatch")
+                )
             wanted = _TARGETS.get(type(target), known.algorithm)
             if known.algorithm != wanted:
                 raise ValueError(
                     f"{known.name} is trained by {known.algorithm} here, {type(target).__name__} "
-                    f"needs the state of {wanted}."
+                    f"needs the state of {wanted}." + see("state-mismatch")
                 )
             if known.state:
                 state[key] = _write(known, momentum_convention)
@@ -157,7 +163,7 @@ def _check_convention(convention: str) -> None:
     if convention not in get_args(MomentumConvention):
         raise ValueError(
             f"Invalid momentum_convention={convention!r}. Must be one of "
-            f"{get_args(MomentumConvention)}."
+            f"{get_args(MomentumConvention)}." + see("bad-option")
         )
 
 
@@ -170,6 +176,7 @@ def _list_known(
             raise ValueError(
                 f"The parameters of group {index} have no names to find their state by. Give the "
                 "optimizer (name, parameter) pairs, as build_param_groups does."
+                + see("state-mismatch")
             )
         for parameter, name in zip(group["params"], group.get("param_names", ()), strict=True):
             entry = (state or {}).get(number, {})
@@ -187,7 +194,7 @@ def _by_name(state_dict: Mapping[str, Any], position: int) -> dict[str, Mapping[
         if not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"Group {index} of state dictionary {position} knows its parameters by number "
-                "only. Name them with with_names(state_dict, names)."
+                "only. Name them with with_names(state_dict, names)." + see("state-mismatch")
             )
         for name, key in zip(names, group["params"], strict=True):
             if state_dict["state"].get(key):
@@ -204,9 +211,13 @@ def _read(
         raise ValueError(
             f"The state of {known.name} has {sorted(entry)}. {known.algorithm} needs {list(keys)}: "
             "give all dictionaries of a run, and route its parameters as there."
+            + see("state-mismatch")
         )
     if "max_exp_avg_sq" in entry:
-        raise ValueError(f"The state of {known.name} is AMSGrad's, which is not supported.")
+        raise ValueError(
+            f"The state of {known.name} is AMSGrad's, which is not supported."
+            + see("state-mismatch")
+        )
     state = {key: entry[key] for key in keys}
     if known.algorithm == "muon" and convention == "sum":
         total = state["momentum_buffer"]
@@ -220,7 +231,7 @@ def _write(known: _Known, convention: MomentumConvention) -> dict[str, Any]:
     if any(isinstance(each, StateHandle) for each in tensors.values()):
         raise RuntimeError(
             'With state_dict_kind="sharded" the state is never whole. Build the optimizer with '
-            'state_dict_kind="whole" and call consolidate_state_dict.'
+            'state_dict_kind="whole" and call consolidate_state_dict.' + see("partial-state")
         )
     if known.algorithm == "adamw":
         step = torch.tensor(float(known.state["step"]))

@@ -15,6 +15,7 @@ from distmuon.buckets import Bucket, BucketSpec, specify
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
 from distmuon.engine import Engine
+from distmuon.errors import see
 from distmuon.layout import LayoutChoice
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
 from distmuon.orthogonalize.coefficients import Coefficients
@@ -274,7 +275,7 @@ class Muon(torch.optim.Optimizer):
             ValueError: if `max_norm` is not positive.
         """
         if not max_norm > 0:
-            raise ValueError(f"Invalid {max_norm=}. Must be > 0.")
+            raise ValueError(f"Invalid {max_norm=}. Must be > 0." + see("bad-option"))
         return self._open().check_averaged().clip(max_norm)
 
     @property
@@ -367,7 +368,7 @@ class Muon(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "Muon cannot be copied or pickled: its state lies in buffers shared with the model and "
-            "with other ranks. Use state_dict() and load_state_dict()."
+            "with other ranks. Use state_dict() and load_state_dict()." + see("partial-state")
         )
 
     def _specify(self) -> list[BucketSpec]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from distmuon.cost import CostModel
+from distmuon.errors import see
 from distmuon.layout import LayoutChoice, LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
@@ -122,30 +123,34 @@ class Policy:
         ):
             value = getattr(self, key)
             if value not in allowed:
-                raise ValueError(f"Invalid {key}={value!r}. Must be one of {allowed}.")
+                raise ValueError(
+                    f"Invalid {key}={value!r}. Must be one of {allowed}." + see("bad-option")
+                )
         for key, least in _LEAST:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Invalid {key}={value!r}. Must be an int.")
+                raise TypeError(f"Invalid {key}={value!r}. Must be an int." + see("bad-option"))
             if value < least:
-                raise ValueError(f"Invalid {key}={value}. Must be >= {least}.")
+                raise ValueError(f"Invalid {key}={value}. Must be >= {least}." + see("bad-option"))
         if self.max_split > MAX_SPLIT:
-            raise ValueError(f"Invalid max_split={self.max_split}. Must be <= {MAX_SPLIT}.")
+            raise ValueError(
+                f"Invalid max_split={self.max_split}. Must be <= {MAX_SPLIT}." + see("bad-option")
+            )
         if self.max_split > 1 and self.layout == "aligned":
             raise ValueError(
                 f'max_split={self.max_split} needs layout="flat" or "auto": with "aligned" every '
-                "matrix stays whole where it lies, and nothing is exchanged."
+                "matrix stays whole where it lies, and nothing is exchanged." + see("bad-option")
             )
         if not isinstance(self.cost_model, CostModel | None):
             raise TypeError(
                 f"Invalid cost_model of type {type(self.cost_model).__name__}. Must be a "
-                "distmuon.CostModel or None."
+                "distmuon.CostModel or None." + see("bad-option")
             )
         if self.missing_grad == "zero" and self.reduce != "owned":
             raise ValueError(
                 f'missing_grad="zero" needs reduce="owned", not {self.reduce!r}: only there does '
                 "distmuon average the gradients itself. DistributedDataParallel fills in zeros "
-                "with find_unused_parameters=True."
+                "with find_unused_parameters=True." + see("bad-option")
             )
 
     @property
@@ -177,14 +182,20 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
     """
     algorithm = group["algorithm"]
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"Invalid {algorithm=} in group {index}. Must be one of {ALGORITHMS}.")
+        raise ValueError(
+            f"Invalid {algorithm=} in group {index}. Must be one of {ALGORITHMS}."
+            + see("bad-option")
+        )
     nesterov = group["nesterov"]
     if not isinstance(nesterov, bool):
-        raise TypeError(f"Invalid {nesterov=} in group {index}. Must be True or False.")
+        raise TypeError(
+            f"Invalid {nesterov=} in group {index}. Must be True or False." + see("bad-option")
+        )
     ns_dtype = group["ns_dtype"]
     if ns_dtype is not None and ns_dtype not in get_args(NsDtype):
         raise ValueError(
             f"Invalid {ns_dtype=} in group {index}. Must be one of {get_args(NsDtype)} or None."
+            + see("bad-option")
         )
     try:
         adjust_lr_factor(group["adjust_lr_fn"], 2, 1)
@@ -192,7 +203,9 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         raise type(error)(f"Group {index}: {error}") from None
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"Invalid {betas=} in group {index}. Must be two numbers.")
+        raise TypeError(
+            f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
+        )
     return GroupOptions(
         algorithm=cast(Algorithm, algorithm),
         lr=_number(group, "lr", index),
@@ -218,9 +231,11 @@ def _number(group: Mapping[str, Any], key: str, index: int, *, below: float = ma
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"Invalid {key}={value!r} of type {type(value).__name__} in group {index}. "
-            "Must be a number."
+            "Must be a number." + see("bad-option")
         )
     if not 0.0 <= value < below:
         bound = ">= 0.0 and finite" if below == math.inf else f"in [0.0, {below})"
-        raise ValueError(f"Invalid {key}={value} in group {index}. Must be {bound}.")
+        raise ValueError(
+            f"Invalid {key}={value} in group {index}. Must be {bound}." + see("bad-option")
+        )
     return float(value)

@@ -24,6 +24,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from distmuon.cost import CostModel, default_cost_model
+from distmuon.errors import see
 from distmuon.fixed_order import choose_owners, look_up
 from distmuon.layout import (
     Layout,
@@ -167,7 +168,7 @@ def assign(
         ValueError: if `world_size` is below 1.
     """
     if world_size < 1:
-        raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
+        raise ValueError(f"Invalid {world_size=}. Must be >= 1." + see("bad-option"))
     model = model or default_cost_model("cuda")
     place = _flat if layout == "flat" else _aligned
     return place(specs, world_size, model)
@@ -196,12 +197,14 @@ def assign_fixed(parameters: Layout, *, model: CostModel | None = None) -> Owner
             raise ValueError(
                 f"{spec.name} starts at element {offset}, inside the parameter before it, which "
                 f"ends at {end}. Give the parameters in flat order, without overlap."
+                + see("bad-option")
             )
         end = offset + spec.numel
         if end > parameters.numel:
             raise ValueError(
                 f"{spec.name} ends at element {end}, past the last of {parameters.world_size} "
                 f"shards of {parameters.shard_numel} elements. Give larger shards, or more of them."
+                + see("bad-option")
             )
     model = model or default_cost_model("cuda")
     return _settle(parameters, range(len(parameters.specs)), model).ownership

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from distmuon.errors import see
 from distmuon.routing import Entry, Kind, Route, Rule, Verdict, find_parameters, judge
 
 __all__ = ["Decay", "Route", "build_param_groups", "format_routes", "route"]
@@ -53,11 +54,11 @@ def build_param_groups(
             of range, or an override matches nothing or asks Muon to take what is no matrix.
     """
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
-        raise TypeError(f"Invalid {weight_decay=}. Must be a number.")
+        raise TypeError(f"Invalid {weight_decay=}. Must be a number." + see("bad-option"))
     if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(f"Invalid {weight_decay=}. Must be >= 0.0 and finite.")
+        raise ValueError(f"Invalid {weight_decay=}. Must be >= 0.0 and finite." + see("bad-option"))
     if decay not in ("weights", "all"):
-        raise ValueError(f'Invalid {decay=}. Must be "weights" or "all".')
+        raise ValueError(f'Invalid {decay=}. Must be "weights" or "all".' + see("bad-option"))
 
     entries = find_parameters(model)
     groups: dict[tuple[Rule, float], dict[str, Any]] = {}
@@ -134,7 +135,9 @@ def _decide(
     entries: Sequence[Entry], model: nn.Module, overrides: Mapping[str, str] | None
 ) -> tuple[Route, ...]:
     if overrides is not None and not isinstance(overrides, Mapping):
-        raise TypeError(f"Invalid {overrides=}. Must map patterns to algorithms.")
+        raise TypeError(
+            f"Invalid {overrides=}. Must map patterns to algorithms." + see("bad-option")
+        )
     routes = [
         _to_route(entry, verdict)
         for entry, verdict in zip(entries, judge(entries, model), strict=True)
@@ -159,7 +162,7 @@ def _override_(routes: list[Route], entries: Sequence[Entry], pattern: str, algo
     if algorithm not in ("muon", "adamw"):
         raise ValueError(
             f'Invalid override {pattern!r}: {algorithm!r}. Must be "muon" or "adamw"; to leave a '
-            "parameter untrained, set its requires_grad=False."
+            "parameter untrained, set its requires_grad=False." + see("routing")
         )
     matched = [
         index
@@ -170,12 +173,15 @@ def _override_(routes: list[Route], entries: Sequence[Entry], pattern: str, algo
         names = [use.fqn for entry in entries for use in entry.uses]
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
         hint = f" Closest: {', '.join(close)}." if close else f" It has, for one, {names[0]}."
-        raise ValueError(f"Override {pattern!r} matches no parameter of the model.{hint}")
+        raise ValueError(
+            f"Override {pattern!r} matches no parameter of the model.{hint}" + see("routing")
+        )
     trained = [index for index in matched if routes[index].algorithm != "frozen"]
     if not trained:
         raise ValueError(
             f"Override {pattern!r} matches only frozen parameters, "
             f"{routes[matched[0]].fqn} for one. Set requires_grad=True first, or leave it out."
+            + see("routing")
         )
     for index in trained:
         if algorithm == "muon":
@@ -192,5 +198,5 @@ def _check_matrix(entry: Entry, pattern: str) -> None:
         raise ValueError(
             f"Override {pattern!r} sends {entry.uses[0].fqn} to Muon, but its shape is "
             f"{list(entry.parameter.shape)}: {what}. Muon takes [m, n] or stacks [E, m, n]; make "
-            "the pattern narrower."
+            "the pattern narrower." + see("routing")
         )

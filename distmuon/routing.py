@@ -17,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from distmuon.errors import see
+
 Rule = Literal["muon", "adamw", "frozen"]
 Kind = Literal["matrix", "stack", "embedding", "head", "norm", "bias", "vector", "other"]
 
@@ -94,7 +96,7 @@ def find_parameters(model: nn.Module) -> list[Entry]:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"Invalid model of type {type(model).__name__}. Must be a torch.nn.Module: it is the "
-            "modules that tell an embedding from a hidden matrix."
+            "modules that tell an embedding from a hidden matrix." + see("routing")
         )
     parameters: dict[int, nn.Parameter] = {}
     uses: dict[int, list[Use]] = defaultdict(list)
@@ -104,13 +106,16 @@ def find_parameters(model: nn.Module) -> list[Entry]:
             fqn = f"{path}.{leaf}" if path else leaf
             _check(fqn, parameter)
             if named.setdefault(fqn, id(parameter)) != id(parameter):
-                raise ValueError(f"Two parameters are called {fqn!r} once wrappers are left out.")
+                raise ValueError(
+                    f"Two parameters are called {fqn!r} once wrappers are left out."
+                    + see("routing")
+                )
             parameters[id(parameter)] = parameter
             uses[id(parameter)].append(Use(fqn, owner))
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(
             f"{type(model).__name__} has {len(parameters)} parameters and none is trainable. "
-            "Set requires_grad=True on those to train before building the groups."
+            "Set requires_grad=True on those to train before building the groups." + see("routing")
         )
     return [Entry(parameters[key], tuple(places)) for key, places in uses.items()]
 
@@ -142,16 +147,19 @@ def _check(fqn: str, parameter: nn.Parameter) -> None:
     if is_lazy(parameter):
         raise ValueError(
             f"{fqn} is uninitialized (a lazy module). Run one batch through the model first."
+            + see("routing")
         )
     if hasattr(parameter, "placements"):
         raise TypeError(
             f"{fqn} is a DTensor. distmuon shards plain parameters itself: leave the model "
             "unsharded (DistributedDataParallel), or use an optimizer made for FSDP2."
+            + see("sharded-elsewhere")
         )
     if parameter.requires_grad and parameter.numel() == 0:
         raise ValueError(
             f"{fqn} has shape {list(parameter.shape)}, no elements. Freeze it; or, if ZeRO-3 took "
             "the parameters apart (deepspeed.zero.Init), use ZeRO-1 instead."
+            + see("deepspeed-zero3")
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from distmuon.collectives import Communicator, Pending
+from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.layout import Layout
 
@@ -180,7 +181,7 @@ class Shard(Range):
                     f"{spec.name} became {parameter.dtype} {list(parameter.shape)} on "
                     f"{parameter.device} after the first step; its optimizer state is for "
                     f"{view.dtype} {list(view.shape)} on {view.device}. Change the model before "
-                    "the first step, or build a new optimizer."
+                    "the first step, or build a new optimizer." + see("changed-parameters")
                 )
             if (parameter.data_ptr(), parameter.stride()) != (view.data_ptr(), view.stride()):
                 view.copy_(
@@ -206,7 +207,7 @@ class Shard(Range):
                 name = self.layout.specs[segment.tensor].name
                 raise TypeError(
                     f"{name} has a {source.layout} gradient. Must be dense: build its layer with "
-                    "sparse=False."
+                    "sparse=False." + see("bad-tensor")
                 )
             piece = source.reshape(-1)[segment.tensor_start :][: segment.numel]
             grad[segment.shard_start :][: segment.numel].copy_(piece)

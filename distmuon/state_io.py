@@ -11,6 +11,7 @@ from torch import Tensor
 from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
 from distmuon.collectives import Communicator
 from distmuon.dcp import StateHandle
+from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.options import Algorithm, StateDictKind
 from distmuon.state_part import (
@@ -49,6 +50,7 @@ class StateKeeper:
         if kind not in get_args(StateDictKind):
             raise ValueError(
                 f"Invalid state_dict_kind={kind!r}. Must be one of {get_args(StateDictKind)}."
+                + see("bad-option")
             )
         self._communicator = communicator
         self._kind = kind
@@ -106,10 +108,13 @@ class StateKeeper:
             raise RuntimeError(
                 'With state_dict_kind="sharded" state_dict() returns handles, so nothing would use '
                 "what is gathered. Save them with torch.distributed.checkpoint; its "
-                "dcp_to_torch_save makes one file of a checkpoint."
+                "dcp_to_torch_save makes one file of a checkpoint." + see("bad-option")
             )
         if not 0 <= to < self._communicator.world_size:
-            raise ValueError(f"Invalid {to=}. Must be in [0, {self._communicator.world_size}).")
+            raise ValueError(
+                f"Invalid {to=}. Must be in [0, {self._communicator.world_size})."
+                + see("bad-option")
+            )
         state: StateByParameter = {}
         for part in self._parts():
             with self._communicator.during(Topic("consolidate", None, part.spec.names)):
@@ -165,6 +170,7 @@ class StateKeeper:
                 "This file has no optimizer state; it is beside it in the folder "
                 f"{saved[REFERENCE]!r} and has not been loaded. Load the way it was saved: after "
                 "distmuon.adapters.accelerate.attach(accelerator, optimizer), or with MuonTrainer."
+                + see("partial-state")
             )
         self._loaded_from = None
         return True
@@ -207,7 +213,7 @@ class StateKeeper:
             'state_dict_kind="sharded" for a framework that calls state_dict() itself. Under '
             "Accelerate call distmuon.adapters.accelerate.attach(accelerator, optimizer) once, "
             "before save_state; with the Hugging Face Trainer use "
-            "distmuon.adapters.transformers.MuonTrainer."
+            "distmuon.adapters.transformers.MuonTrainer." + see("bad-option")
         )
 
     def sharded(self, specs: Sequence[BucketSpec]) -> StateByParameter:
@@ -289,6 +295,7 @@ class StateKeeper:
                 "The parameters are laid out otherwise than when state was loaded or asked for: "
                 "groups were added, or some parameters changed their dtype or device. Load state "
                 "(load_state_dict) after the model is on its device and the groups are complete."
+                + see("changed-parameters")
             )
 
 
@@ -312,6 +319,7 @@ def key_by_name(packed: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"The parameters of group {index} have no names to save them under. Give the "
                 "optimizer (name, parameter) pairs, as build_param_groups does."
+                + see("state-mismatch")
             )
         names.update(zip(group["params"], fqns, strict=True))
         groups.append({**group, "params": fqns})
@@ -334,6 +342,7 @@ def _match_saved(
         raise ValueError(
             f"The file has state of {foreign[:3]}, which none of its parameter groups lists "
             f"({len(foreign)} such entries). Is it one rank's part, or put together by hand?"
+            + see("state-mismatch")
         )
     return {parameter: state.get(key) for key, parameter in keys.items()} if state else {}
 
@@ -347,6 +356,7 @@ def _check_entry(algorithm: Algorithm, row: Row, saved: Any) -> None:
         raise ValueError(
             f"The saved state of {row.tensor.name} has {found}. {algorithm} needs {wanted}. Was it "
             "saved by another optimizer, or is it one rank's part of a sharded one?"
+            + see("state-mismatch")
         )
     for key in (*STATE_NAMES[algorithm], "master"):
         if key in entry:
@@ -359,18 +369,21 @@ def _check_tensor(row: Row, key: str, value: Any) -> None:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"The saved {key} of {row.tensor.name} is {shape}. Must be a tensor of shape "
-            f"{list(row.parameter.shape)}."
+            f"{list(row.parameter.shape)}." + see("state-mismatch")
         )
     numel = row.where.stop - row.where.start
     if isinstance(value, StateHandle) and (value.start, value.local.numel()) != (row.start, numel):
         raise ValueError(
             f"{value!r} is a handle from another layout: here this rank holds elements {row.start} "
             f"to {row.start + numel}. Load the file into this optimizer's own handles, those of "
-            "sharded_state_dict()."
+            "sharded_state_dict()." + see("state-mismatch")
         )
 
 
 def _check_step(row: Row, value: Any) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not isinstance(number, (int, float)) or not 0 <= number < math.inf or number % 1:
-        raise ValueError(f"The saved step of {row.tensor.name} is {value!r}. Must be a count.")
+        raise ValueError(
+            f"The saved step of {row.tensor.name} is {value!r}. Must be a count."
+            + see("state-mismatch")
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 from distmuon import update_rules
 from distmuon.buckets import Bucket
 from distmuon.diagnostics import Probe
+from distmuon.errors import see
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.flops import count_flops, count_part_flops
@@ -262,5 +263,5 @@ def _check_all_done(bucket: Bucket[Range], present: Sequence[bool], done: set[in
         raise RuntimeError(
             f"Rank {rank} orthogonalized {len(done)} of {len(expected)} owned matrices with a "
             f"gradient; missing {lost}. Training stops here rather than go on without Muon. "
-            "Please report this."
+            "Please report this." + see("not-orthogonalized")
         )

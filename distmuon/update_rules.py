@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from distmuon.errors import see
+
 AdjustLrMode = Literal["match_rms_adamw", "max_dim", "original", "mup", "none"]
 AdjustLrFn = AdjustLrMode | Callable[[int, int], float]
 
@@ -61,18 +63,18 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(
                 f"Invalid adjust_lr_fn: it returned {factor} for a {rows} x {cols} matrix. "
-                "Must be positive and finite."
+                "Must be positive and finite." + see("bad-option")
             )
         return factor
     if not isinstance(adjust_lr_fn, str):
         raise TypeError(
             f"Invalid adjust_lr_fn={adjust_lr_fn!r}. Must be one of {sorted(_ADJUST_LR)} "
-            "or a callable (rows, cols) -> float."
+            "or a callable (rows, cols) -> float." + see("bad-option")
         )
     if adjust_lr_fn not in _ADJUST_LR:
         raise ValueError(
             f"Invalid {adjust_lr_fn=}. Must be one of {sorted(_ADJUST_LR)} "
-            "or a callable (rows, cols) -> float."
+            "or a callable (rows, cols) -> float." + see("bad-option")
         )
     return _ADJUST_LR[adjust_lr_fn](rows, cols)
 

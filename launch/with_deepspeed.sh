@@ -16,7 +16,7 @@
 # NODE_RANK  this machine's number, from 0
 # NPROC      ranks, on one machine
 # IFACE      network interface of the messages
-# PROGRAM    your own program in place of launch/train_deepspeed.py
+# PROGRAM    your own program in place of launch/train_deepspeed.py; DeepSpeed gives it --local_rank
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/environment.sh"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distmuon import GradScaler, Muon, checkpoint
+from distmuon.errors import see
 
 try:
     from accelerate import Accelerator
@@ -27,6 +28,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "distmuon.adapters.accelerate needs Accelerate: pip install 'distmuon[accelerate]'."
+        + see("missing-package")
     ) from error
 
 FOLDER = "distmuon"
@@ -60,6 +62,7 @@ def attach(
         raise ValueError(
             "This optimizer was not prepared. Call model, optimizer = "
             "accelerator.prepare(model, optimizer) first, then attach(accelerator, optimizer)."
+            + see("accelerate")
         )
     if muon.policy.reduce != "ddp" and accelerator.num_processes > 1:
         _reduce(accelerator, muon, model)
@@ -110,6 +113,7 @@ def unwrap(optimizer: torch.optim.Optimizer) -> Muon:
     if not isinstance(inner, Muon):
         raise TypeError(
             f"Invalid optimizer of type {type(inner).__name__}. Must be a distmuon.Muon."
+            + see("accelerate")
         )
     return inner
 
@@ -126,13 +130,14 @@ def _refuse_unsupported(accelerator: Accelerator, muon: Muon) -> None:
         raise ValueError(
             f"Accelerate runs with distributed_type={kind.value}, which shards model or optimizer "
             f"itself. Muon shards its own state: use one of {', '.join(_SUPPORTED)}."
+            + see("sharded-elsewhere")
         )
     world_size = muon.communicator.world_size
     if world_size != accelerator.num_processes:
         raise ValueError(
             f"The optimizer is sharded over {world_size} processes, Accelerate runs "
             f"{accelerator.num_processes}. Build the Accelerator first, then "
-            "Muon(..., process_group=torch.distributed.group.WORLD)."
+            "Muon(..., process_group=torch.distributed.group.WORLD)." + see("accelerate")
         )
 
 
@@ -149,7 +154,7 @@ def _reduce(accelerator: Accelerator, muon: Muon, model: nn.Module | None) -> No
         )
         raise ValueError(
             f'With reduce="{reduce}" the optimizer averages the model\'s gradients. Pass what '
-            f"{prepare} returned for it: attach(accelerator, optimizer, model)."
+            f"{prepare} returned for it: attach(accelerator, optimizer, model)." + see("accelerate")
         )
     if reduce == "owned":
         # Accelerate's accumulate() asks the model.
@@ -190,7 +195,7 @@ def _clip(
     if trained != mine or norm_type != 2:
         raise ValueError(
             "Averaged gradients are clipped together: pass model.parameters(), all of them, and "
-            "norm_type=2."
+            "norm_type=2." + see("accelerate")
         )
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(muon)

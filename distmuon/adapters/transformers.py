@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from distmuon import Muon, build_param_groups
 from distmuon.adapters.accelerate import FOLDER, attach, load_state, save_state, unwrap
+from distmuon.errors import see
 from distmuon.param_groups import Decay
 
 try:
@@ -31,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "distmuon.adapters.transformers needs transformers and accelerate: "
-        "pip install 'distmuon[hf]'."
+        "pip install 'distmuon[hf]'." + see("missing-package")
     ) from error
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class MuonFactory:
             listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             raise ValueError(
                 f"No trainable parameter is for Muon: {listed}. Train matrices themselves, as with "
-                "PEFT's modules_to_save, route some with overrides=, or use AdamW."
+                "PEFT's modules_to_save, route some with overrides=, or use AdamW." + see("routing")
             )
         if "process_group" not in options and dist.is_available() and dist.is_initialized():
             options["process_group"] = dist.group.WORLD
@@ -127,7 +128,7 @@ class MuonTrainerMixin(_AnyTrainer):
                     raise FileNotFoundError(
                         f"{checkpoint} has no {name}, so training cannot be resumed from it. Was "
                         "it saved with save_only_model=True? Start a new training from its weights "
-                        "with from_pretrained()."
+                        "with from_pretrained()." + see("accelerate")
                     )
             load_state(Path(checkpoint) / FOLDER, unwrap(self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -73,7 +73,7 @@ class Background:
         """
         self._written.wait()
         if self._problem is not None:
-            raise CheckpointError(self._problem)
+            raise CheckpointError(self._problem, entry="checkpoint-not-written")
 
     def check_complete(self) -> None:
         """Wait for the checkpoint on rank 0; the others return once their file is written.
@@ -83,7 +83,7 @@ class Background:
         """
         self._thread.join()
         if self._failure is not None:
-            raise CheckpointError(self._failure)
+            raise CheckpointError(self._failure, entry="checkpoint-not-written")
 
     def give_up(self) -> None:
         """Stop waiting for other ranks: one of them has failed."""
@@ -125,13 +125,16 @@ class Background:
                 continue
             waited = time.monotonic() - began
             if self._given_up.is_set():
-                raise CheckpointError("Another rank could not write its file.")
+                raise CheckpointError(
+                    "Another rank could not write its file.", entry="checkpoint-not-written"
+                )
             if waited > _PATIENCE_SECONDS or (
                 waited > _PATIENCE_AT_EXIT_SECONDS and not threading.main_thread().is_alive()
             ):
                 raise CheckpointError(
                     f"Rank {len(files)} has not written its file {waited:.0f} s after rank 0. It "
-                    f"has died, or {self._folder.parent} is not shared by all ranks."
+                    f"has died, or {self._folder.parent} is not shared by all ranks.",
+                    entry="checkpoint-not-shared",
                 )
             time.sleep(_POLL_SECONDS)
         return files
@@ -145,5 +148,5 @@ def note_name(rank: int) -> str:
 def _read_note(path: Path, rank: int) -> FileEntry:
     note = json.loads(path.read_text(encoding="utf-8"))
     if "problem" in note:
-        raise CheckpointError(f"rank {rank}: {note['problem']}")
+        raise CheckpointError(f"rank {rank}: {note['problem']}", entry="checkpoint-not-written")
     return FileEntry(**note)

@@ -40,7 +40,8 @@ class Completion:
             if not (folder / file.name).exists():
                 raise CheckpointError(
                     f"{folder / file.name} was written by rank {rank}, but rank 0 does not see "
-                    "it. Save to a file system that all ranks share."
+                    "it. Save to a file system that all ranks share.",
+                    entry="checkpoint-not-shared",
                 )
             (folder / note_name(rank)).unlink(missing_ok=True)
         whole = replace(self.manifest, saved_at=next_moment(parent), files=tuple(files))
@@ -48,6 +49,9 @@ class Completion:
         try:
             self.workplace.finish()
         except OSError as error:
-            raise CheckpointError(f"{self.workplace.target} cannot be written: {error}") from error
+            raise CheckpointError(
+                f"{self.workplace.target} cannot be written: {error}",
+                entry="checkpoint-not-written",
+            ) from error
         if self.keep_latest is not None:
             prune(parent, self.keep_latest)

@@ -117,7 +117,8 @@ def model_tensors(model: nn.Module | None) -> dict[str, Tensor]:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
                 f"{path or type(module).__name__} has extra state (get_extra_state), which a "
-                "checkpoint does not hold. Put it into metadata= or tensors=."
+                "checkpoint does not hold. Put it into metadata= or tensors=.",
+                entry="checkpoint-not-written",
             )
         transient = module._non_persistent_buffers_set
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -43,7 +43,8 @@ def require_safetensors() -> None:
     """
     if find_spec("safetensors") is None:
         raise CheckpointError(
-            "Checkpoints need the safetensors package: pip install 'distmuon[checkpoint]'."
+            "Checkpoints need the safetensors package: pip install 'distmuon[checkpoint]'.",
+            entry="missing-package",
         )
 
 
@@ -58,7 +59,10 @@ def dtype_name(dtype: torch.dtype, what: str) -> str:
         CheckpointError: if a file cannot hold it.
     """
     if dtype not in _NAMES:
-        raise CheckpointError(f"{what} has dtype {dtype}, which safetensors files do not hold.")
+        raise CheckpointError(
+            f"{what} has dtype {dtype}, which safetensors files do not hold.",
+            entry="checkpoint-not-written",
+        )
     return _NAMES[dtype]
 
 
@@ -100,7 +104,9 @@ def write_file(
         sync(path)
         return FileEntry(path.name, path.stat().st_size, hash_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", entry="checkpoint-not-written"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,7 +122,9 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", entry="checkpoint-not-written"
+        ) from error
 
 
 def sync(path: Path) -> None:

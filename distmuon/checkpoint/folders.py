@@ -22,6 +22,7 @@ from typing import Literal
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import check_content, check_sizes, refuse_foreign, sync
 from distmuon.checkpoint.manifest import Manifest, is_ours, read_manifest
+from distmuon.errors import see, with_entry
 
 _logger = logging.getLogger(__name__)
 _UNFINISHED = ".saving-"
@@ -84,7 +85,8 @@ def absolute(path: object) -> Path:
     """
     if not isinstance(path, (str, Path)):
         raise CheckpointError(
-            f"path={path!r} is no path. `latest` returns None where it finds no whole checkpoint."
+            f"path={path!r} is no path. `latest` returns None where it finds no whole checkpoint.",
+            entry="checkpoint-not-written",
         )
     return Path(path).absolute()
 
@@ -103,19 +105,29 @@ def claim(target: Path) -> Workplace:
             cannot be made.
     """
     if target.name.startswith("."):
-        raise CheckpointError(f"Invalid path {target}: hidden names are for unfinished saves.")
+        raise CheckpointError(
+            f"Invalid path {target}: hidden names are for unfinished saves.",
+            entry="checkpoint-not-written",
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_symlink():
-            raise CheckpointError(f"{target} is a symbolic link. Save to {target.resolve()}.")
+            raise CheckpointError(
+                f"{target} is a symbolic link. Save to {target.resolve()}.",
+                entry="checkpoint-not-written",
+            )
         if target.exists():
             if not target.is_dir():
-                raise CheckpointError(f"{target} is a file. Save to another path.")
+                raise CheckpointError(
+                    f"{target} is a file. Save to another path.", entry="checkpoint-not-written"
+                )
             refuse_foreign(target)
         _remove_leftovers(target.parent)
         return Workplace(target)
     except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
+        raise CheckpointError(
+            f"{target} cannot be written: {error}", entry="checkpoint-not-written"
+        ) from error
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -159,7 +171,11 @@ def _in_use(folder: Path) -> bool:
 def _remove_leftovers(folder: Path) -> None:
     for child in folder.glob(f"{_UNFINISHED}*"):
         if child.is_dir() and not _in_use(child):
-            _logger.warning("Removing %s, left by a save that was interrupted.", child)
+            _logger.warning(
+                "Removing %s, left by a save that was interrupted.%s",
+                child,
+                see("checkpoint-not-written"),
+            )
             shutil.rmtree(child, ignore_errors=True)
 
 
@@ -202,7 +218,12 @@ def prune(folder: Path, keep_latest: int) -> None:
             os.rename(path, doomed)
             shutil.rmtree(doomed)
     except OSError as error:  # the new checkpoint is complete all the same
-        _logger.warning("keep_latest=%d could not be kept: %s", keep_latest, error)
+        _logger.warning(
+            "keep_latest=%d could not be kept: %s%s",
+            keep_latest,
+            error,
+            see("checkpoint-not-written"),
+        )
 
 
 def latest(folder: str | Path, *, check: Literal["sizes", "content"] = "sizes") -> Path | None:
@@ -221,7 +242,7 @@ def latest(folder: str | Path, *, check: Literal["sizes", "content"] = "sizes") 
     """
     found, broken = _survey(Path(folder), check)
     for path, reason in broken.items():
-        _logger.warning("Passed over %s: %s", path, reason)
+        _logger.warning("Passed over %s: %s", path, with_entry(reason, "checkpoint-damaged"))
     return found[-1][0] if found else None
 
 

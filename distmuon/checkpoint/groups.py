@@ -76,7 +76,8 @@ def _dump(value: Any, key: str, index: int) -> Any:
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{key} of parameter group {index} is a {type(value).__name__}, which JSON cannot "
-            f"hold: {error}"
+            f"hold: {error}",
+            entry="checkpoint-not-written",
         ) from error
 
 
@@ -88,7 +89,8 @@ def _restore(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, An
             if _dump(group.get(key), key, 0) != value:
                 raise CheckpointError(
                     f"{key} was the callable {value[_CALLABLE]}; here it is {group.get(key)!r}. "
-                    "Build the group with the same one."
+                    "Build the group with the same one.",
+                    entry="checkpoint-mismatch",
                 )
             restored[key] = group[key]
         elif isinstance(group.get(key), Tensor):

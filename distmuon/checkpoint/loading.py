@@ -138,7 +138,9 @@ def _check_files(path: str | Path, communicator: Communicator) -> tuple[Path, Ma
         return manifest.saved_at
 
     if len(set(all_ranks(communicator, check))) > 1:
-        raise CheckpointError(f"The ranks see different checkpoints at {path}.")
+        raise CheckpointError(
+            f"The ranks see different checkpoints at {path}.", entry="checkpoint-not-shared"
+        )
     return found[0]
 
 
@@ -171,7 +173,8 @@ def _check_fit(
     if problems:
         raise CheckpointError(
             f"The checkpoint does not fit in {len(problems)} places; nothing was changed:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(problems),
+            entry="checkpoint-mismatch",
         )
     return groups
 

@@ -170,7 +170,8 @@ def merge_pieces(
             if (known.dtype, known.shape) != (entry.dtype, entry.shape):
                 raise CheckpointError(
                     f"{name} is {entry.dtype} {list(entry.shape)} on one rank and {known.dtype} "
-                    f"{list(known.shape)} on another. Build the same model on every rank."
+                    f"{list(known.shape)} on another. Build the same model on every rank.",
+                    entry="ranks-differ",
                 )
             pieces = sorted([*known.pieces, *entry.pieces], key=lambda piece: piece.start)
             merged[name] = replace(known, pieces=tuple(pieces))

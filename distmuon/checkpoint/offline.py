@@ -31,6 +31,7 @@ from distmuon.checkpoint.manifest import (
     read_manifest,
 )
 from distmuon.checkpoint.parts import Part
+from distmuon.errors import see
 from distmuon.options import Policy
 
 Contents = Literal["all", "model", "optimizer"]
@@ -90,11 +91,14 @@ def reshard(path: str | Path, out: str | Path, world_size: int) -> Path:
         ValueError: for `world_size` below 1.
     """
     if world_size < 1:
-        raise ValueError(f"Invalid {world_size=}. Must be >= 1.")
+        raise ValueError(f"Invalid {world_size=}. Must be >= 1." + see("bad-option"))
     manifest = verify(path)
     target = Path(out).absolute()
     if target.resolve() == Path(path).resolve():
-        raise CheckpointError(f"{out} is the checkpoint itself. Write to another folder.")
+        raise CheckpointError(
+            f"{out} is the checkpoint itself. Write to another folder.",
+            entry="checkpoint-not-written",
+        )
     reader = Reader(Path(path), manifest)
     specs = _specify(manifest, world_size)
     workplace = claim(target)
@@ -140,7 +144,10 @@ def consolidate(path: str | Path, out: str | Path, contents: Contents = "all") -
     prefix = "" if contents == "all" else f"{contents}/"
     names = [name for name in manifest.tensors if name.startswith(prefix)]
     if not names:
-        raise CheckpointError(f"{path} holds no {contents}; it holds {sorted(manifest.kinds())}.")
+        raise CheckpointError(
+            f"{path} holds no {contents}; it holds {sorted(manifest.kinds())}.",
+            entry="checkpoint-mismatch",
+        )
     drop = prefix if contents == "model" else ""
     tensors = {name.removeprefix(drop): reader.whole(name) for name in names}
     steps = {name: each.step for name, each in manifest.parameters.items()}
@@ -176,12 +183,15 @@ def export(path: str | Path, out: str | Path, optimizer: TorchOptimizer) -> Path
         if optimizer == "muon" and saved["adjust_lr_fn"] not in _TORCH_SCALINGS:
             raise CheckpointError(
                 f"Group {index} has adjust_lr_fn={saved['adjust_lr_fn']!r}; torch.optim.Muon knows "
-                f"only {_TORCH_SCALINGS}."
+                f"only {_TORCH_SCALINGS}.",
+                entry="checkpoint-mismatch",
             )
         options = {key: saved[key] for key in _TORCH_KEYS[optimizer]}
         groups.append({**options, "params": names})
     if not groups:
-        raise CheckpointError(f"{path} holds no parameters with algorithm={optimizer!r}.")
+        raise CheckpointError(
+            f"{path} holds no parameters with algorithm={optimizer!r}.", entry="checkpoint-mismatch"
+        )
     tensors: dict[str, Tensor] = {}
     for name in (name for group in groups for name in group["params"]):
         for state in _TORCH_STATE[optimizer]:
@@ -213,7 +223,9 @@ def read_export(path: str | Path) -> dict[str, Any]:
         kind, groups = header["optimizer"], json.loads(header["param_groups"])
         defaults = _torch_defaults(kind)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is no file of `distmuon ckpt export`: {error!r}") from error
+        raise CheckpointError(
+            f"{path} is no file of `distmuon ckpt export`: {error!r}", entry="checkpoint-mismatch"
+        ) from error
     state: dict[int, dict[str, Tensor]] = {}
     param_groups = []
     for group in groups:
@@ -233,7 +245,9 @@ def _write(out: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
         write_file(partial, tensors, header)
         partial.replace(out)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
+        raise CheckpointError(
+            f"{out} cannot be written: {error}", entry="checkpoint-not-written"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return out

@@ -138,7 +138,9 @@ def describe(source: Source, shared: Sequence[Table], own: Sequence[Table]) -> M
     try:
         metadata = json.loads(json.dumps(dict(source.metadata)))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"metadata must be what JSON can hold: {error}") from error
+        raise CheckpointError(
+            f"metadata must be what JSON can hold: {error}", entry="checkpoint-not-written"
+        ) from error
     steps = {
         name: step
         for bucket in source.buckets
@@ -177,7 +179,8 @@ def _check_tensor(name: str, tensor: object, argument: str) -> None:
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"{argument}[{name!r}] is a {type(tensor).__name__}. Must be a tensor; put numbers and "
-            "text into metadata=."
+            "text into metadata=.",
+            entry="checkpoint-not-written",
         )
 
 

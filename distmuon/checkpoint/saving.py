@@ -18,6 +18,7 @@ from distmuon.checkpoint.manifest import FileEntry
 from distmuon.checkpoint.parts import Part, Source, Table, describe, gather_part
 from distmuon.checkpoint.together import all_ranks, find_communicator
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class PendingSave:
                 if self._workplace is not None:
                     self._workplace.discard()
         if self._failure is not None:
-            raise CheckpointError(self._failure)
+            raise CheckpointError(self._failure, entry="checkpoint-not-written")
         return self.path
 
 
@@ -126,7 +127,9 @@ def save(  # noqa: PLR0913 - what is saved, then how
         ValueError: for `keep_latest` below 1, or a process group that is not the optimizer's.
     """
     if keep_latest is not None and (type(keep_latest) is not int or keep_latest < 1):
-        raise ValueError(f"Invalid {keep_latest=}. Must be an int >= 1, or None to keep all.")
+        raise ValueError(
+            f"Invalid {keep_latest=}. Must be an int >= 1, or None to keep all." + see("bad-option")
+        )
     require_safetensors()
     communicator = find_communicator(optimizer, process_group)
     settle()
@@ -187,7 +190,10 @@ def _prepare(
     gathered = all_ranks(communicator, gather)
     paths = [path for path, _, _ in gathered]
     if len(set(paths)) > 1:
-        raise CheckpointError(f"The ranks save to different paths: {paths}. Give all the same one.")
+        raise CheckpointError(
+            f"The ranks save to different paths: {paths}. Give all the same one.",
+            entry="checkpoint-not-shared",
+        )
     target = Path(paths[0])
     completions: list[Completion] = []
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def find_communicator(optimizer: Muon | None, process_group: ProcessGroup | None
     if process_group is not None and not communicator.same_ranks(process_group):
         raise ValueError(
             "process_group has other ranks than the optimizer is sharded over. Leave it out: the "
-            "optimizer's own group is used."
+            "optimizer's own group is used." + see("bad-option")
         )
     return communicator
 
@@ -47,6 +48,7 @@ def _check_optimizer(optimizer: object) -> None:
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}. Must be a distmuon.Muon, in no wrapper; "
             "a module goes into model=, the state of another optimizer into tensors=."
+            + see("bad-option")
         )
 
 
@@ -87,7 +89,8 @@ def _collect(
     except RuntimeError as error:
         why = f" This rank's own problem: {value[1]}" if value[1] else ""
         raise CheckpointError(
-            f"Rank {communicator.rank} lost the other ranks; one of them has died.{why} ({error})"
+            f"Rank {communicator.rank} lost the other ranks; one of them has died.{why} ({error})",
+            entry="rank-lost",
         ) from error
 
 

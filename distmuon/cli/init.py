@@ -75,7 +75,9 @@ def _run(options: argparse.Namespace) -> int:
     config = Config()
     if overrides:
         if importlib.util.find_spec(_NEEDED) is None:
-            raise CommandError(f"Values need {_NEEDED}: pip install 'distmuon[train]'.")
+            raise CommandError(
+                f"Values need {_NEEDED}: pip install 'distmuon[train]'.", entry="missing-package"
+            )
         from distmuon.training.config_file import load_config
 
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmuon.cli.output import CommandError, add_json_option
+from distmuon.errors import see
 
 if TYPE_CHECKING:
     from distmuon.cost import CostModel
@@ -165,7 +166,9 @@ def _load_cost_model(path: Path) -> CostModel:
     try:
         content: Any = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise TypeError("the file must be an object with latency, bandwidth and flops.")
+            raise TypeError(
+                "the file must be an object with latency, bandwidth and flops." + see("command")
+            )
         measured = {_shape(text): seconds for text, seconds in content.get("measured", {}).items()}
         rates = {key: content[key] for key in ("latency", "bandwidth", "flops")}
         return CostModel(**rates, measured=measured)

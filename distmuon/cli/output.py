@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from distmuon.errors import Entry, with_entry
 from distmuon.pictures.page import Grid
 
 # The exit codes of every command; `distmuon --help` and docs/plan.md say them too.
@@ -36,14 +37,15 @@ class CommandError(Exception):
         code: The exit code, `BROKEN` or `USAGE`.
     """
 
-    def __init__(self, message: str, *, code: int = USAGE) -> None:
+    def __init__(self, message: str, *, code: int = USAGE, entry: Entry = "command") -> None:
         """Keep the exit code beside the message.
 
         Args:
             message: What is wrong, what was expected, how to fix it.
             code: The process's exit code.
+            entry: Of docs/errors.md, unless the message holds another error's.
         """
-        super().__init__(message)
+        super().__init__(with_entry(message, entry))
         self.code = code
 
 

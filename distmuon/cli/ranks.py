@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from distmuon.cli.output import USAGE, CommandError
+from distmuon.errors import see, with_entry
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
@@ -81,6 +82,7 @@ def choose_team(ranks: int | None, device: Device, *, default: int, limit_s: flo
     if joined and ranks not in (None, launch.world_size):
         raise ValueError(
             f"--ranks {ranks}, but the launcher has started {launch.world_size}. Leave --ranks out."
+            + see("launch")
         )
     here = launch.local_world_size if joined else ranks or 0
     if device == "auto":
@@ -88,7 +90,7 @@ def choose_team(ranks: int | None, device: Device, *, default: int, limit_s: flo
     if device == "cuda" and gpus < max(here, 1):
         raise ValueError(
             f"--device cuda with {max(here, 1)} ranks on this machine, but torch sees {gpus} GPUs. "
-            "Start one rank for each GPU, or use --device cpu."
+            "Start one rank for each GPU, or use --device cpu." + see("launch")
         )
     if joined:
         machines = launch.world_size // max(launch.local_world_size, 1)
@@ -227,7 +229,7 @@ def _settle(team: Team, folder: Path, late: Sequence[int]) -> list[Any]:
         lines.append(f"rank {failed[0]} of {team.size} failed: {said}")
     shown = (failed or late)[0]
     lines.append(f"last output of rank {shown}:\n{_output(folder, shown) or '(none)'}")
-    raise RanksError("\n".join(lines))
+    raise RanksError(with_entry("\n".join(lines), "one-rank-stopped"))
 
 
 def _read(folder: Path, rank: int) -> tuple[bool, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distmuon.errors import Entry, with_entry
 from distmuon.forecast.models import MODELS
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 class SourceError(ValueError):
     """No model can be made of what was given."""
+
+    def __init__(self, message: str, *, entry: Entry = "model-source") -> None:
+        """Name the entry of docs/errors.md, unless the message holds another error's."""
+        super().__init__(with_entry(message, entry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,8 @@ def _from_training(path: Path, overrides: Sequence[str]) -> Source:
     if missing:
         raise SourceError(
             f"{path}: reading a training configuration needs {' and '.join(missing)}. Run: pip "
-            "install 'distmuon[train]'"
+            "install 'distmuon[train]'",
+            entry="missing-package",
         )
     from distmuon.training.config import ConfigError
     from distmuon.training.config_file import load_config
@@ -120,7 +126,8 @@ def _from_transformers(text: str) -> nn.Module:
     if importlib.util.find_spec("transformers") is None:
         raise SourceError(
             f"{text} is no *.yaml file, no module:function and none of {', '.join(MODELS)}. For a "
-            "transformers configuration run: pip install 'distmuon[hf]'"
+            "transformers configuration run: pip install 'distmuon[hf]'",
+            entry="missing-package",
         )
     if Path(text).suffix == ".json" and not Path(text).is_file():
         raise SourceError(f"{text}: no such file.")

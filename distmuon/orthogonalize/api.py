@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.orthogonalize import exact, halley, newton_schulz, policy, stability
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.orthogonalize.guards import is_finite, largest_entry, prescale
@@ -201,27 +202,40 @@ def _check_input(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(
             f"Invalid x of type {type(x).__name__}. Must be one torch.Tensor of shape [..., m, n]."
+            + see("bad-tensor")
         )
     if x.layout != torch.strided:
-        raise TypeError(f"Invalid x of layout {x.layout}. Must be dense: pass x.to_dense().")
+        raise TypeError(
+            f"Invalid x of layout {x.layout}. Must be dense: pass x.to_dense()." + see("bad-tensor")
+        )
     if x.dtype not in _INPUT_DTYPES:
         raise TypeError(
             f"Invalid x of dtype {x.dtype}. Must be float64, float32, float16 or bfloat16: "
-            "pass x.float(), or the real and imaginary parts apart."
+            "pass x.float(), or the real and imaginary parts apart." + see("bad-tensor")
         )
     if x.dim() < 2:
         raise ValueError(
             f"Invalid x of shape {list(x.shape)}. Must be [..., m, n]: vectors have no polar "
-            "factor and belong to AdamW."
+            "factor and belong to AdamW." + see("bad-tensor")
         )
     if x.numel() == 0:
-        raise ValueError(f"Invalid x of shape {list(x.shape)}. Must have at least one element.")
+        raise ValueError(
+            f"Invalid x of shape {list(x.shape)}. Must have at least one element."
+            + see("bad-tensor")
+        )
 
 
 def _check_choices(method: str, nonfinite: str, steps: int | None) -> None:
     if method not in _METHODS:
-        raise ValueError(f"Unknown {method=}. Must be one of {', '.join(_METHODS)}.")
+        raise ValueError(
+            f"Unknown {method=}. Must be one of {', '.join(_METHODS)}." + see("bad-option")
+        )
     if nonfinite not in get_args(NonFinite):
-        raise ValueError(f"Unknown {nonfinite=}. Must be 'propagate' or 'zero'.")
+        raise ValueError(
+            f"Unknown {nonfinite=}. Must be 'propagate' or 'zero'." + see("bad-option")
+        )
     if method in _EXACT and steps is not None:
-        raise ValueError(f"Invalid {steps=} for {method=}, which takes none. Pass steps=None.")
+        raise ValueError(
+            f"Invalid {steps=} for {method=}, which takes none. Pass steps=None."
+            + see("bad-option")
+        )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeAlias
 
+from distmuon.errors import see
 from distmuon.orthogonalize import halley
 from distmuon.orthogonalize.minimax import compose
 from distmuon.orthogonalize.schedule import AnySchedule, Normalization, Schedule, Triple
@@ -49,12 +50,12 @@ def generate(
     Source: https://arxiv.org/abs/2505.16932, sections 3 and 4.
     """
     if not 0.0 < lower < 1.0:
-        raise ValueError(f"Invalid {lower=}. Must be in (0, 1).")
+        raise ValueError(f"Invalid {lower=}. Must be in (0, 1)." + see("bad-option"))
     _check_steps(steps)
     if not 1.0 <= safety < 2.0:
-        raise ValueError(f"Invalid {safety=}. Must be in [1, 2).")
+        raise ValueError(f"Invalid {safety=}. Must be in [1, 2)." + see("bad-option"))
     if not 0.0 <= cushion < 1.0:
-        raise ValueError(f"Invalid {cushion=}. Must be in [0, 1).")
+        raise ValueError(f"Invalid {cushion=}. Must be in [0, 1)." + see("bad-option"))
     triples = compose(lower, steps, cushion)
     safe = tuple(_deflate(triple, safety) for triple in triples[:-1]) + triples[-1:]
     return Schedule(
@@ -186,7 +187,7 @@ def preset(name: str, steps: int | None = None) -> Schedule:
     if name not in _PRESETS:
         raise ValueError(
             f"Unknown coefficients={name!r}. Must be one of {', '.join(NAMES)}; or pass one "
-            "(a, b, c), one (a, b, c) a step, or a Schedule."
+            "(a, b, c), one (a, b, c) a step, or a Schedule." + see("bad-option")
         )
     return _PRESETS[name](steps)
 
@@ -220,7 +221,7 @@ def resolve(coefficients: Coefficients, steps: int | None = None) -> AnySchedule
     if not isinstance(coefficients, Sequence) or len(coefficients) == 0:
         raise TypeError(
             f"Invalid {coefficients=}. Must be a preset's name, a Schedule, one (a, b, c), or one "
-            "(a, b, c) for each step."
+            "(a, b, c) for each step." + see("bad-option")
         )
     if isinstance(coefficients[0], int | float):
         triples = _repeat(_triple(coefficients), steps or _ONE_TRIPLE_STEPS)
@@ -234,7 +235,7 @@ def _fixed(name: str, own: int, steps: int | None) -> None:
     if steps is not None and steps != own:
         raise ValueError(
             f"Invalid {steps=} for the schedule {name!r}, which has {own} steps. "
-            f"Pass steps=None or steps={own}."
+            f"Pass steps=None or steps={own}." + see("bad-option")
         )
 
 
@@ -242,20 +243,25 @@ def _check_steps(steps: object) -> None:
     if steps is None:
         return
     if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"Invalid {steps=}. Must be an integer, or None for the schedule's own.")
+        raise TypeError(
+            f"Invalid {steps=}. Must be an integer, or None for the schedule's own."
+            + see("bad-option")
+        )
     if not 1 <= steps <= _MAX_STEPS:
-        raise ValueError(f"Invalid {steps=}. Must be between 1 and {_MAX_STEPS}.")
+        raise ValueError(
+            f"Invalid {steps=}. Must be between 1 and {_MAX_STEPS}." + see("bad-option")
+        )
 
 
 def _triple(values: object) -> Triple:
     message = f"Invalid coefficients {values!r}. Each step needs three finite numbers (a, b, c)."
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(message)
+        raise TypeError(message + see("bad-option"))
     if len(values) != 3:
-        raise ValueError(message)
+        raise ValueError(message + see("bad-option"))
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        raise TypeError(message)
+        raise TypeError(message + see("bad-option"))
     if not all(math.isfinite(value) for value in values):
-        raise ValueError(message)
+        raise ValueError(message + see("bad-option"))
     a, b, c = values
     return float(a), float(b), float(c)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.orthogonalize import halley, newton_schulz, policy, stability
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.orthogonalize.guards import largest_entry, power_of_two, prescale
@@ -82,6 +83,7 @@ def check_parts(
         raise ValueError(
             f"Invalid {dtype=} for the Gram matrix of a matrix in parts. Must be torch.float32 or "
             "torch.float64: small eigenvalues of a narrower one turn negative, and are amplified."
+            + see("unsafe-coefficients")
         )
     schedule = policy.for_device(coefficients, steps, method="auto", requested=dtype, device=device)
     products = policy.arithmetic(dtype, device)

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.orthogonalize.coefficients import Coefficients, resolve
 from distmuon.orthogonalize.products import SMALLEST_CUT
 from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule
@@ -76,13 +77,13 @@ def for_device(
     if isinstance(schedule, Rational) and method not in ("auto", "svd", "eigh"):
         raise ValueError(
             f"Invalid {method=} for {schedule.name!r}, which needs an inverse in each step. Pass "
-            "method='auto', or the coefficients of a polynomial such as 'p5'."
+            "method='auto', or the coefficients of a polynomial such as 'p5'." + see("bad-option")
         )
     if isinstance(schedule, Rational) and not full:
         raise ValueError(
             f"Invalid dtype {dtype} in {arithmetic(dtype, device)} for {schedule.name!r}: its "
             "inverses need full float32 or float64. Pass dtype=None, undo "
-            "torch.set_float32_matmul_precision, or take 'p5'."
+            "torch.set_float32_matmul_precision, or take 'p5'." + see("bad-option")
         )
     return schedule
 
@@ -125,10 +126,14 @@ def working_dtype(
 
 def _checked(dtype: torch.dtype) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"Invalid {dtype=}. Must be a torch.dtype such as torch.float32, or None.")
+        raise TypeError(
+            f"Invalid {dtype=}. Must be a torch.dtype such as torch.float32, or None."
+            + see("bad-option")
+        )
     if dtype not in _ARITHMETIC:
         raise ValueError(
             f"Invalid {dtype=}. Must be torch.float64, float32, float16 or bfloat16, or None."
+            + see("bad-option")
         )
     return dtype
 

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from distmuon.errors import see
+
 Triple: TypeAlias = tuple[float, float, float]
 Normalization: TypeAlias = Literal["frobenius", "schatten4"]
 
@@ -39,13 +41,19 @@ class Schedule:
             ValueError: no coefficients, an unknown normalization, or safety below 1.
         """
         if not self.coefficients:
-            raise ValueError("Invalid coefficients=(). A schedule needs at least one (a, b, c).")
+            raise ValueError(
+                "Invalid coefficients=(). A schedule needs at least one (a, b, c)."
+                + see("bad-option")
+            )
         if self.normalization not in ("frobenius", "schatten4"):
             raise ValueError(
                 f"Invalid normalization={self.normalization!r}. Must be 'frobenius' or 'schatten4'."
+                + see("bad-option")
             )
         if not 1.0 <= self.safety < 2.0:
-            raise ValueError(f"Invalid safety={self.safety}. Must be in [1, 2).")
+            raise ValueError(
+                f"Invalid safety={self.safety}. Must be in [1, 2)." + see("bad-option")
+            )
 
     @property
     def steps(self) -> int:
@@ -88,7 +96,7 @@ class Rational:
         if not values or not all(0.0 < value < math.inf for value in values):
             raise ValueError(
                 f"Invalid coefficients={self.coefficients!r}. Each step of a rational schedule "
-                "needs three positive finite numbers (a, b, c)."
+                "needs three positive finite numbers (a, b, c)." + see("bad-option")
             )
 
     @property

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
+from distmuon.errors import see
 from distmuon.orthogonalize.schedule import AnySchedule, Schedule, Triple
 
 Arithmetic: TypeAlias = Literal["float64", "float32", "tf32", "float16", "bfloat16"]
@@ -50,7 +51,7 @@ def check(schedule: Schedule, arithmetic: Arithmetic) -> None:
         raise ValueError(
             f"Invalid coefficients: schedule {schedule.name!r} {problem} in {arithmetic}. Deflate "
             "it (a/s, b/s**3, c/s**5 with s = 1.02), give the norm it was made for, or take "
-            "`coefficients.generate(lower, steps)`."
+            "`coefficients.generate(lower, steps)`." + see("unsafe-coefficients")
         )
 
 
@@ -95,14 +96,14 @@ def windows(schedule: Schedule, arithmetic: Arithmetic) -> tuple[tuple[Triple, .
     for triple in schedule.coefficients:
         slope = abs(triple[0])
         if slope >= limit:
-            raise ValueError(_refusal(schedule, arithmetic))
+            raise ValueError(_refusal(schedule, arithmetic) + see("unsafe-coefficients"))
         if growth * slope >= limit:
             cut.append([])
             growth = 1.0
         cut[-1].append(triple)
         growth *= slope
     if len(cut) == schedule.steps > 1 or arithmetic == "bfloat16":
-        raise ValueError(_refusal(schedule, arithmetic))
+        raise ValueError(_refusal(schedule, arithmetic) + see("unsafe-coefficients"))
     return tuple(tuple(window) for window in cut)
 
 
@@ -148,6 +149,7 @@ def halves(schedule: AnySchedule, *, gram: Arithmetic, products: Arithmetic) -> 
                 f"Invalid coefficients for a split matrix: schedule {schedule.name!r} would "
                 f"amplify the rounding errors of a {precision} Gram matrix past the result. Use "
                 "split_dtype='float64', a schedule with smaller slopes, or split no matrix."
+                + see("unsafe-coefficients")
             )
     coefficients = schedule.coefficients
     return Halves(schedule, coefficients[:cut], coefficients[cut:])
@@ -164,7 +166,7 @@ def check_without_restart(schedule: Schedule, arithmetic: Arithmetic) -> None:
         ValueError: `windows` cuts the schedule, or refuses it.
     """
     if len(windows(schedule, arithmetic)) > 1:
-        raise ValueError(_refusal(schedule, arithmetic))
+        raise ValueError(_refusal(schedule, arithmetic) + see("unsafe-coefficients"))
 
 
 def _refusal(schedule: Schedule, arithmetic: Arithmetic) -> str:

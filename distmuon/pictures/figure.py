@@ -6,6 +6,7 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING
 
+from distmuon.errors import see
 from distmuon.pictures.page import WIDTH
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def require_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
             "Pictures need matplotlib, which is not installed. Run: pip install 'distmuon[plot]'"
+            + see("missing-package")
         )
 
 

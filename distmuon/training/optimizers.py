@@ -152,7 +152,9 @@ def load_whole_state(optimizer: Optimizer, model: nn.Module, tensors: Mapping[st
         keys = {key: f"adamw.{name}.{key}" for key in ADAMW_STATE}
         missing = [full for full in keys.values() if full not in tensors]
         if missing:
-            raise ConfigError(f"run.resume: the checkpoint has no {', '.join(missing)}.")
+            raise ConfigError(
+                f"run.resume: the checkpoint has no {', '.join(missing)}.", entry="resume"
+            )
         state[index] = {key: tensors[full] for key, full in keys.items()}
     count = iter(range(len(state)))
     groups = [

@@ -131,7 +131,7 @@ def _is_called(name: str, path: Path) -> bool:
 def _find_checkpoint(path: Path) -> Path:
     """Take a checkpoint, or the newest one of a run."""
     if not path.is_dir():
-        raise ConfigError(f"run.resume={path}: no such folder.", key="run.resume")
+        raise ConfigError(f"run.resume={path}: no such folder.", key="run.resume", entry="resume")
     return checkpoint.latest(RunFolder(path).checkpoints) or checkpoint.latest(path) or path
 
 
@@ -146,6 +146,7 @@ def _begin_with(path: Path, config: Config, *, text: str, folder: Path | None) -
             f"run.resume: {path} was trained on another text, so its position in it means nothing "
             "here. Give it the same data.path or data.source, or use run.resume=never.",
             key="run.resume",
+            entry="resume",
         )
     _refuse_too_few_steps(path, progress["step"], config, metadata["config"], use)
     return Start(
@@ -162,12 +163,13 @@ def _read_metadata(path: Path) -> tuple[Mapping[str, Any], int]:
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        raise ConfigError(f"run.resume: {error}", key="run.resume") from None
+        raise ConfigError(f"run.resume: {error}", key="run.resume", entry="resume") from None
     if any(key not in manifest.metadata for key in METADATA):
         raise ConfigError(
             f"run.resume: {path} is a checkpoint of another program: its metadata has "
             f"{sorted(manifest.metadata)}, a training run's {list(METADATA)}.",
             key="run.resume",
+            entry="resume",
         )
     return manifest.metadata, manifest.world_size
 
@@ -202,6 +204,7 @@ def _refuse_changes(path: Path, changes: tuple[Change, ...], use: Literal["go on
         f"run.resume: {path} belongs to a run with another configuration: {told}. {way_out}. To go "
         "on, set it back; to begin at step 0 in a new folder: run.resume=never.",
         key="run.resume",
+        entry="resume",
     )
 
 
@@ -216,6 +219,7 @@ def _refuse_too_few_steps(
             f"run.resume: {path} has done {step} steps already, so train.steps={steps} leaves "
             f"nothing to do. Set train.steps above {step}, or use run.resume=never.",
             key="train.steps",
+            entry="resume",
         )
 
 
@@ -245,6 +249,7 @@ def _open_new(run: RunConfig, start: Start, held: ExitStack) -> RunFolder:
             f"run.resume={run.resume}: run.if_exists=replace would remove the run that this one "
             "begins with. Use another run.name, or run.if_exists=number.",
             key="run.if_exists",
+            entry="run-folder",
         )
     try:
         # Another run may just be looking whether this one, a moment old, was interrupted.
@@ -255,6 +260,7 @@ def _open_new(run: RunConfig, start: Start, held: ExitStack) -> RunFolder:
             f"run.if_exists=replace: a running process is writing to {folder.path}. Wait for it, "
             "or use another run.name.",
             key="run.if_exists",
+            entry="run-folder",
         ) from None
     return folder
 

@@ -175,4 +175,4 @@ def write_config(folder: RunFolder, config: Config, *, job: str | None) -> None:
 def folder_error(config: RunConfig, error: OSError) -> ConfigError:
     """Put a failure of the file system into terms of the configuration."""
     message = f"run.dir={config.dir}: cannot write a run here: {error}"
-    return ConfigError(message, key="run.dir")
+    return ConfigError(message, key="run.dir", entry="run-folder")

@@ -50,7 +50,9 @@ def save_snapshot(trainer: Trainer, progress: Progress, path: Path, *, text: str
             keep_latest=trainer.config.run.keep_latest or None,
         ).wait()
     except CheckpointError as error:
-        raise ConfigError(f"run.dir: step {progress.step} is not saved: {error}") from error
+        raise ConfigError(
+            f"run.dir: step {progress.step} is not saved: {error}", entry="run-folder"
+        ) from error
 
 
 def load_snapshot(trainer: Trainer, path: Path) -> Progress:
@@ -75,7 +77,7 @@ def load_snapshot(trainer: Trainer, path: Path) -> Progress:
             process_group=trainer.world.group,
         )
     except CheckpointError as error:
-        raise ConfigError(f"run.resume: {error}", key="run.resume") from error
+        raise ConfigError(f"run.resume: {error}", key="run.resume", entry="resume") from error
     if not isinstance(optimizer, Muon):
         load_whole_state(optimizer, trainer.model, loaded.tensors)
     for group, mine in zip(optimizer.param_groups, options, strict=True):

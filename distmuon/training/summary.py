@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from distmuon import Muon, summarize
 from distmuon.deepspeed import ZeroOrtho
+from distmuon.errors import see
 from distmuon.training.config import Config
 from distmuon.training.metrics import StepMetrics
 from distmuon.training.optimizers import state_bytes
@@ -122,7 +123,7 @@ def describe_optimizer(optimizer: Optimizer, config: Config, world: World) -> st
         return f"{_optimizer_name(config, world)}\nstate per rank {_per_rank(held)}"
     summary = summarize(optimizer)
     if summary.problem or summary.calls != summary.matrices * summary.steps:
-        raise RuntimeError(str(summary))
+        raise RuntimeError(str(summary) + see("not-orthogonalized"))
     return str(summary)
 
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon import Muon
 from distmuon.diagnostics import Diagnostics
+from distmuon.errors import see
 from distmuon.training.attention_logits import record_max_logits
 from distmuon.training.config import Config, check_batch
 from distmuon.training.data import Corpus, read_windows, train_starts, val_starts
@@ -96,7 +97,7 @@ class Trainer:
             raise NonFiniteError(
                 f"Step {step + 1}: loss {loss}, gradient norm {grad_norm} on rank "
                 f"{self.world.rank}. The weights are those of step {step}. "
-                "Try a smaller optimizer.lr or a longer train.warmup."
+                "Try a smaller optimizer.lr or a longer train.warmup." + see("non-finite")
             )
         lr = self.schedule.get_last_lr()[0]
         began = time.perf_counter()

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from distmuon.errors import see
 from distmuon.training.config import ConfigError, Launch, RunConfig
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def meet(store: Store, rank: int, size: int, *, limit: timedelta) -> str:
         time.sleep(POLL_S)
     raise RuntimeError(
         f"Rank {rank} waited {limit} for rank 0 (run.timeout_s). Has it been started?"
+        + see("launch")
     )
 
 
@@ -188,12 +190,15 @@ def _choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> to
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ConfigError("run.device=cuda, but torch sees no CUDA device.", key="run.device")
+        raise ConfigError(
+            "run.device=cuda, but torch sees no CUDA device.", key="run.device", entry="launch"
+        )
     if launch.local_world_size > torch.cuda.device_count():
         raise ConfigError(
             f"{launch.local_world_size} ranks on this machine, but torch sees "
             f"{torch.cuda.device_count()} CUDA devices. Start one rank per device, or set "
             "run.device=cpu.",
             key="run.device",
+            entry="launch",
         )
     return torch.device("cuda", launch.local_rank)

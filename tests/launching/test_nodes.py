@@ -35,13 +35,13 @@ class Way:
         script: in launch/.
         told: what a user sets on machine `{number}` of two.
         package: that it needs.
-        engine: of the run.
+        overrides: of the run's configuration.
     """
 
     script: str
     told: Mapping[str, str]
     package: str = "torch"
-    engine: str = "native"
+    overrides: tuple[str, ...] = ()
 
 
 FIXED = {"HEAD": "127.0.0.1", "PORT": "{port}", "NODE_RANK": "{number}"}
@@ -65,9 +65,10 @@ WAYS = {
         "with_accelerate.sh",
         {**FIXED, "NNODES": "2", "SETTINGS": str(ROOT / "configs/accelerate/cpu.yaml")},
         "accelerate",
-        "accelerate",
     ),
-    "deepspeed": Way("with_deepspeed.sh", {**FIXED, "HOSTFILE": "hosts"}, "deepspeed", "deepspeed"),
+    "deepspeed": Way(
+        "with_deepspeed.sh", {**FIXED, "HOSTFILE": "hosts"}, "deepspeed", ("run.save_every=0",)
+    ),
 }
 
 
@@ -76,7 +77,9 @@ def on_machine(number: int, way: Way, port: int) -> dict[str, str]:
     # slurm_node.sh makes 20000 and the last four digits of it.
     values = {"number": number, "port": port, "job": port - 20000, "is_first": is_first}
     told = {key: value.format(**values) for key, value in way.told.items()}
-    return {"PYTHON": sys.executable, "NPROC": "1", "IFACE": "lo", **told}
+    # Its ranks leave their numbers behind; the other launchers start our programs for them.
+    program = {} if way.package != "torch" else {"PROGRAM": "rank.py"}
+    return {"PYTHON": sys.executable, "NPROC": "1", "IFACE": "lo", **program, **told}
 
 
 def free_port_of_a_job() -> int:
@@ -95,10 +98,8 @@ def free_port_of_a_job() -> int:
 def agent(
     folder: Path, script: str, told: Mapping[str, str], *arguments: str, name: str
 ) -> Iterator[Job]:
-    """One launcher, as started by hand on its machine; its ranks leave their numbers behind."""
-    program = folder / "rank.py"
-    program.write_text(RANK)
-    words = [f"{key}={value}" for key, value in ({"PROGRAM": str(program)} | dict(told)).items()]
+    """One launcher, as started by hand on its machine."""
+    words = [f"{key}={value}" for key, value in told.items()]
     job = Job(["env", *words, "bash", str(ROOT / "launch" / script), *arguments], folder, name)
     try:
         yield job
@@ -112,10 +113,9 @@ def agent(
 @contextmanager
 def two_machines(folder: Path, way: Way, *overrides: str) -> Iterator[tuple[Job, Job]]:
     port = free_port_of_a_job()
+    (folder / "rank.py").write_text(RANK)
     (folder / "hosts").write_text("first slots=1\nsecond slots=1\n")
-    # The engine's own program says this too; here the program is ours.
-    engine = [f"run.engine={way.engine}"] + ["run.save_every=0"] * (way.engine == "deepspeed")
-    arguments = (*TINY, *SAVING, *engine, *overrides)
+    arguments = (*TINY, *SAVING, *overrides, *way.overrides)
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(
@@ -166,6 +166,7 @@ def test_other_launchers_train_on_two_machines(tmp_path: Path, name: str) -> Non
     pytest.importorskip(way.package, reason=f"needs the extra distmuon[{way.package}]")
     with two_machines(tmp_path, way, *SHORT) as jobs:
         end_both(jobs)
+    assert f"engine: {name}" in (tmp_path / "runs/x/config.yaml").read_text()
     here = read_metrics(tmp_path / "runs/x/metrics.jsonl")
     there = read_metrics(in_one_sitting(tmp_path, *SHORT) / "metrics.jsonl")
     assert [line.step for line in here] == [*range(1, 21)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distmuon.adapters.deepspeed.build import arrange
 from distmuon.adapters.deepspeed.config_check import check_version
 from distmuon.adapters.deepspeed.optimizer import ZeroOrtho
+from distmuon.errors import see
 from distmuon.options import Algorithm
 from distmuon.param_groups import Decay, build_param_groups
 
@@ -66,7 +67,7 @@ class TaggedZeroOrtho(ZeroOrtho):
             if found is None:
                 raise ValueError(
                     f"Parameter {position} of shape {list(parameter.shape)} has no route. Call "
-                    "distmuon.deepspeed.tag(model) before deepspeed.initialize."
+                    "distmuon.deepspeed.tag(model) before deepspeed.initialize." + see("deepspeed")
                 )
             key = (found.algorithm, found.decay)
             groups.setdefault(key, []).append((found.name, parameter))

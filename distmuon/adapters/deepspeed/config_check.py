@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from distmuon.errors import see
+
 _OLDEST = (0, 19)
 
 
@@ -27,12 +29,13 @@ def check_version() -> None:
     except metadata.PackageNotFoundError as error:
         raise ImportError(
             "DeepSpeed is not installed. Install it with: pip install 'distmuon[deepspeed]'"
+            + see("missing-package")
         ) from error
     if is_old(version):
         warnings.warn(
             f"DeepSpeed {version} is older than 0.19. Some versions before it average gradients "
             "wrongly in ZeRO-2 with gradient accumulation, for every optimizer; distmuon is tested "
-            "with 0.19.8. Upgrade with: pip install -U deepspeed",
+            "with 0.19.8. Upgrade with: pip install -U deepspeed" + see("missing-package"),
             stacklevel=3,
         )
 
@@ -59,38 +62,41 @@ def check_config(config: Mapping[str, Any] | str | Path, *, by_name: bool = Fals
         raise ValueError(
             "zero_optimization.stage is 3: no optimizer sees whole matrices there, and a client "
             "Muon would silently train wrongly. Set it to 2; the optimizer state is sharded just "
-            "the same."
+            "the same." + see("deepspeed-zero3")
         )
     if zero.get("elastic_checkpoint"):
         raise ValueError(
             "zero_optimization.elastic_checkpoint cannot be resumed from with this optimizer. Set "
             "it to false; distmuon.deepspeed.load_resharded loads on another number of ranks."
+            + see("deepspeed")
         )
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     if offload == "nvme":
         raise ValueError(
             'zero_optimization.offload_optimizer.device is "nvme". This optimizer\'s state is 1/N '
-            'per rank already; set it to "none".'
+            'per rank already; set it to "none".' + see("deepspeed")
         )
     if offload == "cpu" and entries.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
             "With zero_optimization.offload_optimizer DeepSpeed accepts its own optimizers only. "
             'Set "zero_force_ds_cpu_optimizer": false beside it, or remove offload_optimizer.'
+            + see("deepspeed")
         )
     if int((entries.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1:
         raise ValueError(
             "tensor_parallel.autotp_size is above 1: AutoTP cuts matrices, and Muon needs whole "
-            "ones. Set it to 1."
+            "ones. Set it to 1." + see("deepspeed")
         )
     if entries.get("optimizer") and not by_name:
         raise ValueError(
             'The configuration has an "optimizer" section of type '
             f"{entries['optimizer'].get('type')!r}, which DeepSpeed ignores beside an optimizer "
             "that is handed to it. Remove the section; its lr and weight_decay go to from_model."
+            + see("deepspeed")
         )
     stage = zero.get("stage", 0)
     if stage > 0 and not by_name and not entries.get("zero_allow_untested_optimizer"):
         raise ValueError(
             "DeepSpeed takes an optimizer that it does not know only with "
-            '"zero_allow_untested_optimizer": true. Add it to the configuration.'
+            '"zero_allow_untested_optimizer": true. Add it to the configuration.' + see("deepspeed")
         )

@@ -23,6 +23,7 @@ from distmuon.adapters.deepspeed.partition import (
 )
 from distmuon.adapters.deepspeed.stepping import prepare, settle, update
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 from distmuon.group_check import check_group
 from distmuon.options import ALGORITHMS, NsDtype, read_options
 from distmuon.orthogonalize.coefficients import Coefficients
@@ -87,6 +88,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             raise ValueError(
                 f"DeepSpeed takes {type(self).__name__} for its own Muon because of its name, and "
                 'would orthogonalize twice. Give the class a name without "muon".'
+                + see("deepspeed")
             )
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -137,6 +139,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             raise RuntimeError(
                 "DeepSpeed partitions the groups once, in deepspeed.initialize. Give all "
                 "parameters to from_model, and unfreeze later ones by their lr instead."
+                + see("deepspeed")
             )
         super().add_param_group(param_group)
 
@@ -314,6 +317,7 @@ class ZeroOrtho(torch.optim.Optimizer):
                     "This optimizer works in ZeRO stages 1 and 2, in BF16_Optimizer, and in stage "
                     f"0 with fp32 weights; DeepSpeed has put something else in place of "
                     f'{named[0][0]}. Set "zero_optimization": {{"stage": 1}} or 2.'
+                    + see("deepspeed")
                 )
             groups.append({**group, "params": named})
         replica = Muon(groups)
@@ -381,6 +385,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             raise ValueError(
                 f"The checkpoint has {len(saved)} parameter groups, this optimizer has "
                 f"{len(self._all_groups)}. Build it as in the run that saved it."
+                + see("state-mismatch")
             )
         for here, there in zip(self._all_groups, saved, strict=True):
             difference = first_difference(self._partitions[here["index"]].place(), there)
@@ -388,5 +393,5 @@ class ZeroOrtho(torch.optim.Optimizer):
                 raise ValueError(
                     "The checkpoint's parameters do not lie where this run has them: "
                     f"{difference}. On another number of ranks, or with another model order, load "
-                    "with distmuon.deepspeed.load_resharded."
+                    "with distmuon.deepspeed.load_resharded." + see("state-mismatch")
                 )

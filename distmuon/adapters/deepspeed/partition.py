@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 from distmuon.exchange import Exchange
 from distmuon.layout import Layout, TensorSpec
 from distmuon.options import Algorithm
@@ -60,6 +61,7 @@ class Partition:
             raise RuntimeError(
                 "The partition has no gradient: DeepSpeed sets it just before it calls this "
                 "optimizer. Call engine.backward(loss) and engine.step(), never optimizer.step()."
+                + see("deepspeed")
             )
         return grad
 
@@ -94,7 +96,7 @@ def find_process_group(named: Named) -> dist.ProcessGroup:
                 f"DeepSpeed partitioned other parameters than {name}: it was replaced after the "
                 "optimizer had been built, as AutoTP does (tensor_parallel.autotp_size in the "
                 "config, which distmuon does not support). Build the optimizer last, from the "
-                "model that deepspeed.initialize gets."
+                "model that deepspeed.initialize gets." + see("deepspeed")
             )
     group: dist.ProcessGroup = named[0][1]._dp_group  # type: ignore[attr-defined]
     return group
@@ -114,7 +116,7 @@ def refuse_zero3(name: str, parameter: Tensor) -> None:
         raise ValueError(
             f"{name} is partitioned by ZeRO-3, where no optimizer sees whole matrices and a "
             'client Muon would silently train wrongly. Set "zero_optimization": {"stage": 2}; the '
-            "optimizer state is sharded just the same."
+            "optimizer state is sharded just the same." + see("deepspeed-zero3")
         )
 
 
@@ -138,15 +140,18 @@ def read_layout(named: Named, flat: Tensor, world_size: int) -> tuple[Layout, Na
             f"The partition is on {flat.device}, the parameters are on {first.device}: "
             "offload_optimizer keeps it in host memory, from where the exchange over "
             f"{first.device.type} cannot send. Remove zero_optimization.offload_optimizer."
+            + see("deepspeed")
         )
     for name, parameter in named:
         if not parameter.is_contiguous():
-            raise ValueError(f"{name} is not contiguous in DeepSpeed's flat buffer.")
+            raise ValueError(
+                f"{name} is not contiguous in DeepSpeed's flat buffer." + see("deepspeed")
+            )
         if _storage(parameter) != _storage(first):
             raise ValueError(
                 f"{name} and {named[0][0]} lie in different buffers: one of them got new storage "
                 "after deepspeed.initialize (model.to(), parameter.data = ...). Move and change "
-                "the model before it."
+                "the model before it." + see("deepspeed")
             )
     ordered = sorted(named, key=lambda entry: entry[1].storage_offset())
     base = ordered[0][1].storage_offset()
@@ -160,7 +165,7 @@ def read_layout(named: Named, flat: Tensor, world_size: int) -> tuple[Layout, Na
     if base + layout.numel > held:
         raise ValueError(
             f"{world_size} partitions of {flat.numel()} elements do not fit into the flat buffer "
-            f"of {held}, which starts with {ordered[0][0]}."
+            f"of {held}, which starts with {ordered[0][0]}." + see("deepspeed")
         )
     return layout, ordered
 
@@ -217,7 +222,7 @@ def compare_values(partition: Partition) -> None:
                 f"{partition.communicator.rank}. Either it was written to after "
                 "deepspeed.initialize, whose copy would overwrite it at the first step (load "
                 "weights before, or with engine.load_checkpoint), or this version of DeepSpeed "
-                "lays parameters out in another way than distmuon reads."
+                "lays parameters out in another way than distmuon reads." + see("deepspeed")
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distmuon.adapters.deepspeed.optimizer import ZeroOrtho
 from distmuon.adapters.deepspeed.partition import PLACE, Partition
+from distmuon.errors import see
 
 _FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
@@ -51,11 +52,13 @@ def load_resharded(
     if not isinstance(optimizer, ZeroOrtho):
         raise ValueError(
             f"The engine has a {type(optimizer).__name__}. load_resharded is for the optimizer of "
-            "distmuon.deepspeed.from_model."
+            "distmuon.deepspeed.from_model." + see("deepspeed")
         )
     partitions = optimizer.partitions
     if not partitions:
-        raise ValueError("In stage 0 nothing is sharded: use engine.load_checkpoint.")
+        raise ValueError(
+            "In stage 0 nothing is sharded: use engine.load_checkpoint." + see("deepspeed")
+        )
     problem: Exception | None = None
     found: Sequence[Mapping[str, Any]] = ()
     try:
@@ -85,6 +88,7 @@ def _read_files(folder: Path) -> list[Mapping[str, Any]]:
     if not ranks or sorted(ranks) != list(range(len(ranks))):
         raise ValueError(
             f"{folder} has optimizer files of ranks {sorted(ranks)}, not of all ranks."
+            + see("state-mismatch")
         )
     found = []
     for rank in sorted(ranks):
@@ -93,10 +97,14 @@ def _read_files(folder: Path) -> list[Mapping[str, Any]]:
         found.append(saved["optimizer_state_dict"])
     groups = found[0]["base_optimizer_state"]["param_groups"]
     if any(key not in group for group in groups for key in PLACE):
-        raise ValueError(f"{folder} was not saved with an optimizer of distmuon.deepspeed.")
+        raise ValueError(
+            f"{folder} was not saved with an optimizer of distmuon.deepspeed."
+            + see("state-mismatch")
+        )
     if groups[0]["world_size"] != len(found):
         raise ValueError(
             f"{folder} was saved by {groups[0]['world_size']} ranks but has files of {len(found)}."
+            + see("state-mismatch")
         )
     return found
 
@@ -119,11 +127,13 @@ def _locate(partition: Partition, saved: Mapping[str, Any]) -> list[_Piece]:
             raise ValueError(
                 f"{spec.name} is {list(spec.shape)} here, and in group {partition.number} of the "
                 f"checkpoint {there.shape if there else 'it is missing'}. Build the same model and "
-                "route it the same way."
+                "route it the same way." + see("state-mismatch")
             )
     if len(places) > len(specs):
         extra = sorted(places.keys() - {spec.name for spec in specs})
-        raise ValueError(f"The checkpoint also has {extra[0]}; this model does not.")
+        raise ValueError(
+            f"The checkpoint also has {extra[0]}; this model does not." + see("state-mismatch")
+        )
     return [places[spec.name] for spec in specs]
 
 

@@ -13,6 +13,7 @@ from distmuon.adapters.deepspeed.partition import MomentumKey, Partition, moment
 from distmuon.buckets import STATE_NAMES
 from distmuon.collectives import Communicator
 from distmuon.diagnostics import Probe
+from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.options import GroupOptions, read_options
 from distmuon.phases import PhaseClock
@@ -55,7 +56,7 @@ def prepare(partition: Partition, group: Mapping[str, Any]) -> Ready:
     if verdict.nonfinite is not None:
         raise FloatingPointError(
             f"{verdict.nonfinite} DeepSpeed skips such steps unless its check is off: set "
-            '"bf16": {"check_grad_overflow": true}.'
+            '"bf16": {"check_grad_overflow": true}.' + see("non-finite")
         )
     assert options is not None, "else there was a problem"
     assert grad is not None, "else there was a problem"

@@ -147,7 +147,8 @@ def refusal(config: DataConfig) -> str:
 
 def test_unusable_paths_are_refused_by_name(tmp_path: Path) -> None:
     missing = tmp_path / "missing.txt"
-    assert refusal(DataConfig(path=str(missing))) == f"data.path={missing}: no such file or folder."
+    said = f"data.path={missing}: no such file or folder. (docs/errors.md#text)"
+    assert refusal(DataConfig(path=str(missing))) == said
     assert "no .txt file" in refusal(DataConfig(path=str(tmp_path)))
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b"")
