@@ -10,6 +10,7 @@ import ast
 import builtins
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +30,8 @@ SECTIONS = {
 # Files that do not name their entries yet. Only ever shorter.
 NOT_YET: frozenset[str] = frozenset()
 
+# Words in a row by which a message is known again.
+RUN = 3
 # Their constructors name an entry, so the places that raise them need not.
 NAMES_ITS_OWN = ("CheckpointError", "CommandError", "ConfigError", "RankFailure", "SourceError")
 # Never seen by a user: a bug, caught at once, or argparse's own wrapping.
@@ -79,6 +82,7 @@ def unnamed(path: str, text: str, own: set[str]) -> Iterator[str]:
             yield f"{path}:{node.lineno}: {name} names no entry: add see(...) to its message"
 
 
+@cache
 def package() -> dict[str, str]:
     paths = sorted((ROOT / "distmuon").rglob("*.py"))
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
@@ -130,6 +134,28 @@ def test_the_page_has_the_entries_and_no_others() -> None:
 def test_an_entry_tells_symptom_cause_and_fix(entry: str) -> None:
     told = re.findall(r"^\*\*(Symptom|Cause|Fix)\.\*\* \S", SECTIONS[entry], re.MULTILINE)
     assert told == ["Symptom", "Cause", "Fix"]
+
+
+@cache
+def spoken() -> str:
+    """The fixed parts of all strings of the package, one a line."""
+    return "\n".join(
+        node.value
+        for text in package().values()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+@pytest.mark.parametrize("entry", get_args(Entry))
+def test_the_symptoms_are_what_the_package_says(entry: str) -> None:
+    symptom = SECTIONS[entry].partition("**Cause.**")[0]
+    for quoted in re.findall(r"`([^`]+)`", symptom):
+        words = quoted.strip(" .").split()
+        # Between them stand names and numbers, which are not in the source.
+        runs = [" ".join(words[at : at + RUN]) for at in range(len(words) - RUN + 1)]
+        if len(words) > RUN + 1:
+            assert any(run in spoken() for run in runs), f"no message says {quoted!r}"
 
 
 def test_every_entry_is_named_by_a_message() -> None:
