@@ -15,7 +15,11 @@ from tests.distributed.test_resume import assert_same_run
 from tests.launching.slurm import Slurm, cluster, why_not_here
 from tests.launching.test_nodes import ROOT, SAVING, SHORT, in_one_sitting
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not_here() != "", reason=why_not_here())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(why_not_here() != "", reason=why_not_here()),
+]
 LENGTH = ("train.steps=300", *SHORT[1:])
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
