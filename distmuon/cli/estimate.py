@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from distmuon.cli.model_options import (
     read_cost_model,
     read_overrides,
     read_source,
+    without_collecting,
 )
 from distmuon.cli.output import DONE, Column, CommandError, Table, print_json, print_table
 from distmuon.units import format_bytes
@@ -90,21 +90,20 @@ def _run(options: argparse.Namespace) -> int:
 def _estimate(options: argparse.Namespace) -> dict[Kind, Memory]:
     from distmuon.forecast.memory import estimate_memory
 
-    gc.disable()  # as for plan: many small objects, and all of them stay
-    try:
+    with without_collecting():
         source = read_source(options)
-        return estimate_memory(
-            source.model,
-            world_size=options.world_size,
-            cost_model=read_cost_model(options, source)[0],
-            weight_decay=source.weight_decay,
-            overrides=read_overrides(options),
-            options=source.options,
-        )
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
-    finally:
-        gc.enable()
+        cost_model, _ = read_cost_model(options, source)
+        try:
+            return estimate_memory(
+                source.model,
+                world_size=options.world_size,
+                cost_model=cost_model,
+                weight_decay=source.weight_decay,
+                overrides=read_overrides(options),
+                options=source.options,
+            )
+        except (TypeError, ValueError) as error:
+            raise CommandError(str(error)) from error
 
 
 def _table(found: dict[Kind, Memory]) -> Table:

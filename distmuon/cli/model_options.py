@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +186,20 @@ def _load_cost_model(path: Path) -> CostModel:
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     return int(rows), int(columns)
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Leave the garbage collector out while a model is made and planned."""
+    # A mixture of experts is a million small objects that all stay: looking through them for
+    # cycles over and over takes as long as the planning.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def positive(text: str) -> int:

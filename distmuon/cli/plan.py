@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +13,7 @@ from distmuon.cli.model_options import (
     read_cost_model,
     read_overrides,
     read_source,
+    without_collecting,
 )
 from distmuon.cli.output import (
     BROKEN,
@@ -80,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _forecast(options: argparse.Namespace) -> tuple[Forecast, str]:
-    with _without_collecting():
+    with without_collecting():
         from distmuon.forecast.forecast import make_forecast
 
         source = read_source(options)
@@ -103,19 +101,6 @@ def _forecast(options: argparse.Namespace) -> tuple[Forecast, str]:
         except (TypeError, ValueError) as error:
             raise CommandError(str(error)) from error
     return forecast, rates
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    # A mixture of experts is a million small objects that all stay: looking through them for
-    # cycles over and over takes as long as the planning.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _print(forecast: Forecast, rates: str) -> None:
@@ -146,20 +131,19 @@ def _write_pictures(forecast: Forecast, rates: str, options: argparse.Namespace)
 
 
 def _page(forecast: Forecast, rates: str, picture: bytes) -> str:
-    from distmuon.pictures.page import Heading, Paragraph, Picture, render_page
+    from distmuon.pictures.page import Grid, Heading, Part, Picture, render_page
 
-    facts = format_facts(words.facts(forecast, rates))
-    return render_page(
-        f"{forecast.source} on {forecast.world_size:,} ranks",
-        [
-            Paragraph(facts),
-            Picture(picture, "png", "who owns, computes, sends and receives what, by rank"),
-            Heading("Sent per rank and step"),
-            as_grid(words.traffic_table(forecast)),
-            Heading("Parameters"),
-            as_grid(words.parameter_table(forecast)),
-        ],
-    )
+    parts: list[Part] = [
+        Grid(("of the plan", ""), tuple(words.facts(forecast, rates))),
+        Picture(picture, "png", "who owns, computes, sends and receives what, by rank"),
+        Heading("Messages"),
+        as_grid(words.traffic_table(forecast)),
+        Heading("Parameters"),
+        as_grid(words.parameter_table(forecast)),
+    ]
+    if forecast.doubts:
+        parts += [Heading("To confirm"), as_grid(words.doubt_table(forecast))]
+    return render_page(f"{forecast.source} on {forecast.world_size:,} ranks", parts)
 
 
 def _as_json(forecast: Forecast, rates: str) -> dict[str, Any]:

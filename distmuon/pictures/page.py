@@ -32,7 +32,8 @@ figcaption {{ color: #444; font-size: 14px; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }}
 th {{ text-align: left; border-bottom: 2px solid #888; padding: 3px 14px 3px 0; }}
-td {{ border-bottom: 1px solid #ddd; padding: 3px 14px 3px 0; vertical-align: top; }}
+td {{ border-bottom: 1px solid #ddd; padding: 3px 14px 3px 0; vertical-align: top;
+  white-space: pre-line; }}
 .right {{ text-align: right; }}
 """
 
