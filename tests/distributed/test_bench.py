@@ -137,7 +137,9 @@ SMALL = ("--dim", "32", "--blocks", "1", "--repeats", "2", "--shapes", "64x32")
 
 
 @pytest.mark.slow
-def test_json_lines_and_the_file_for_the_planner(tmp_path: Path) -> None:
+def test_json_lines_and_the_file_for_the_planner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "machine.json"
     done = run_command(*SMALL, "--json", "--save-cost-model", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,6 +155,12 @@ def test_json_lines_and_the_file_for_the_planner(tmp_path: Path) -> None:
     }
     assert content["measured on"]["ranks"] == 2
     assert list(content["measured"]) == ["32x64"]
+    model = ["configs/tiny.yaml", "--world-size", "2", "--cost-model", str(file), "--json"]
+    assert main(["plan", str(ROOT / model[0]), *model[1:]]) == 0
+    planned_with = json.loads(capsys.readouterr().out)["cost_model"]
+    assert {key: planned_with[key] for key in ("latency", "bandwidth", "flops", "measured")} == {
+        key: content[key] for key in ("latency", "bandwidth", "flops", "measured")
+    }
 
 
 @pytest.mark.slow
