@@ -28,11 +28,11 @@ CPU = torch.device("cpu")
 
 
 def check_all(folder: Path) -> list[Row]:
-    return list(run_checks(Plan(CPU, folder)))
+    return list(run_checks(Plan(CPU, folder, limit_s=60)))
 
 
 def test_all_checks_pass_on_three_ranks(tmp_path: Path) -> None:
-    everyone = run_ranks(3, check_all, tmp_path)
+    everyone = run_ranks(3, check_all, tmp_path, timeout=120)
     assert [row.check for row in everyone[0]] == list(verify.CHECKS)
     assert [row.status for row in everyone[0]] == ["pass"] * len(CHECKS), everyone[0]
     assert everyone[1] == everyone[0]  # the same table on every rank, times included
@@ -62,7 +62,7 @@ SEEN = {
 
 
 def test_every_check_notices_what_it_is_there_for(tmp_path: Path) -> None:
-    rows = run_ranks(2, break_each, tmp_path)[0]
+    rows = run_ranks(2, break_each, tmp_path, timeout=120)[0]
     assert {row.check for row in rows} == set(SEEN)
     for row in rows:
         assert row.status == "fail", row
