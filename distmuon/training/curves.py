@@ -122,7 +122,11 @@ def _spectra(run: Run) -> list[Curve]:
 
 def _gradients(run: Run) -> list[Curve]:
     def of(algorithm: str) -> Figure:
-        return lambda line: line.diagnostics and line.diagnostics.gradient_norms.get(algorithm)  # type: ignore[return-value]
+        def read(line: StepMetrics) -> float | None:
+            seen = line.diagnostics
+            return seen.gradient_norms.get(algorithm) if seen else None
+
+        return read
 
     return _curves(run.lines, {name: of(name) for name in _algorithms(run)})
 

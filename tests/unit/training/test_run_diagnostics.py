@@ -64,6 +64,17 @@ def test_looking_changes_no_bit_of_a_run_and_every_line_says_what_was_seen(tmp_p
     assert "diagnostics" not in (tmp_path / "quiet/metrics.jsonl").read_text()
 
 
+def test_a_run_that_goes_on_measures_the_same_steps_and_sees_the_same(tmp_path: Path) -> None:
+    options = ["train.diagnostics_every=3", "run.save_every=4", "run.keep_latest=0"]
+    whole = run(tmp_path, "whole", *options)
+    checkpoint = tmp_path / "whole/checkpoints/step-00000004"
+    resumed = run(tmp_path, "resumed", *options, f"run.resume={checkpoint}")
+    assert [each.step for each in resumed] == [each.step for each in whole]
+    for one, two in zip(whole, resumed, strict=True):
+        assert (one.diagnostics, one.max_logits) == (two.diagnostics, two.max_logits)
+    assert [each.step for each in whole if each.diagnostics] == [1, 3, 6]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
