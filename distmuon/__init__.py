@@ -6,6 +6,7 @@ from distmuon.grad_scaler import GradScaler
 from distmuon.optimizer import Muon
 from distmuon.orthogonalize import orthogonalize
 from distmuon.param_groups import build_param_groups
+from distmuon.qk_clip import QKClip
 from distmuon.report import Report
 from distmuon.summary import summarize
 from distmuon.version import __version__
@@ -14,6 +15,7 @@ __all__ = [
     "CostModel",
     "GradScaler",
     "Muon",
+    "QKClip",
     "RankFailure",
     "Report",
     "__version__",

@@ -17,6 +17,7 @@ from distmuon.failure import LIMIT_S, RankFailure, RollCall, Topic, Verdict, exp
 from distmuon.phases import PhaseClock
 
 Payload = TypeVar("Payload")
+Number = TypeVar("Number", int, float)
 
 _OLD_ALL_GATHER = "all_gather_into_tensor"
 _PUBLISH = Topic("publish")
@@ -310,12 +311,12 @@ class Communicator:
         )
 
     def extreme(
-        self, values: Sequence[int], device: torch.device, *, kind: Literal["min", "max"]
-    ) -> list[int]:
-        """Smallest or largest of each integer over the ranks; waits for the result.
+        self, values: Sequence[Number], device: torch.device, *, kind: Literal["min", "max"]
+    ) -> list[Number]:
+        """Smallest or largest of each number over the ranks; waits for the result.
 
         Args:
-            values: The same number of integers on every rank.
+            values: As many on every rank: int64, or fp64 without NaN.
             device: Where the backend expects its tensors.
             kind: Which of the two.
 
@@ -323,8 +324,10 @@ class Communicator:
             The extremes, equal on every rank.
         """
         operation = dist.ReduceOp.MIN if kind == "min" else dist.ReduceOp.MAX
-        found = self._all_reduce(torch.tensor(values, dtype=torch.int64), device, operation)
-        return [int(value) for value in found]
+        kind_of = type(values[0])
+        dtype = torch.int64 if kind_of is int else torch.float64
+        found = self._all_reduce(torch.tensor(values, dtype=dtype), device, operation)
+        return [kind_of(value) for value in found]
 
     def _all_reduce(
         self, values: Tensor, device: torch.device, operation: dist.ReduceOp.RedOpType

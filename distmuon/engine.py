@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
+from distmuon.clipping import Clipper, Factors
 from distmuon.collectives import Communicator
 from distmuon.desync import check_desync
 from distmuon.diagnostics import Diagnostics
@@ -23,6 +24,7 @@ from distmuon.norms import GradientNorms, gradient_norms
 from distmuon.observer import make_observer
 from distmuon.options import GroupOptions, Policy, read_options
 from distmuon.phases import make_clock
+from distmuon.qk_clip import QKClip
 from distmuon.relayout import carry_state
 from distmuon.steps import adamw_step, check_splits, muon_step
 from distmuon.version import __version__
@@ -52,6 +54,7 @@ class Engine:
         groups: Sequence[Mapping[str, Any]],
         policy: Policy,
         communicator: Communicator,
+        clip: QKClip | None = None,
     ) -> None:
         """Compare the plan over the ranks, then allocate. A collective.
 
@@ -60,14 +63,16 @@ class Engine:
             groups: `param_groups`.
             policy: How the ranks work together.
             communicator: The group.
+            clip: Attention layers whose logits are clipped.
 
         Raises:
             RuntimeError: on every rank, if their setups differ; names the first difference.
             ValueError: if two parameters share memory, or an option is out of range.
         """
         with communicator.during(Topic("setup")):
-            agreement.check_same_setup(communicator, _describe(specs, groups, policy))
+            agreement.check_same_setup(communicator, _describe(specs, groups, policy, clip))
         refuse_shared_storage(specs)
+        self._clipper = Clipper(clip, [spec.layout for spec in specs], communicator)
         self._communicator = communicator
         self._policy = policy
         self.buckets = [open_bucket(spec, communicator, policy) for spec in specs]
@@ -158,11 +163,12 @@ class Engine:
         ready = self._prepare(groups)
         verdict = self._agree(ready)
         self.source.clear()
-        if verdict.nonfinite is not None:
-            self._skip(verdict.nonfinite)
+        clip = self._clipper.settle(verdict.nonfinite, self.buckets[0].shard.master)
+        if clip.nonfinite is not None:
+            self._skip(clip.nonfinite)
             return
         try:
-            self._update(ready, verdict)
+            self._update(ready, verdict.present, clip.factors)
         except Exception as error:
             # The others are in the middle of the exchange and would wait for this rank.
             self._communicator.abandon(error)
@@ -171,8 +177,8 @@ class Engine:
         self._communicator.step = self.steps + 1
         self._skipped_in_a_row = 0
 
-    def _update(self, ready: _Ready, verdict: agreement.Verdict) -> None:
-        agreed = iter(verdict.present)
+    def _update(self, ready: _Ready, present: Sequence[bool], factors: Factors) -> None:
+        agreed = iter(present)
         published = []
         shared = self.buckets, ready.options, self._communicator
         observer = make_observer(self._policy.diagnostics_every, *shared)
@@ -187,6 +193,7 @@ class Engine:
                 flops += work.flops
             else:
                 adamw_step(bucket, update, active, ready.options, self.clock)
+            self._clipper.scale_(index, bucket.shard, factors)
             observer.after(index, update)
             published.append(bucket.shard.publish(self._communicator))
         for message in published:
@@ -281,6 +288,7 @@ class Engine:
         self._inspected = False
         if float(found_inf) > 0:
             self.source.clear()
+            self._clipper.discard()
             self.skipped += 1
             return "skip"
         if grad_scale is not None:
@@ -366,10 +374,14 @@ class _Ready(NamedTuple):
 
 
 def _describe(
-    specs: Sequence[BucketSpec], groups: Sequence[Mapping[str, Any]], policy: Policy
+    specs: Sequence[BucketSpec],
+    groups: Sequence[Mapping[str, Any]],
+    policy: Policy,
+    clip: QKClip | None,
 ) -> list[str]:
     """What every rank must have alike; a wrong value on one rank is a difference, too."""
     lines = [f"distmuon {__version__}, torch {torch.__version__}", str(policy)]
+    lines += clip.describe() if clip else ["no QK-Clip"]
     try:
         options = [read_options(group, index) for index, group in enumerate(groups)]
         lines += [option.describe() for option in options]

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from distmuon import agreement, group_check
 from distmuon.buckets import Bucket, BucketSpec, specify
+from distmuon.clipping import check_clip
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
 from distmuon.engine import Engine
@@ -21,6 +22,7 @@ from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, St
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
 from distmuon.plan import ExchangePlan
+from distmuon.qk_clip import QKClip
 from distmuon.report import Report, make_report
 from distmuon.splits import SplitDtype
 from distmuon.state_io import StateKeeper, key_by_name
@@ -78,6 +80,7 @@ class Muon(torch.optim.Optimizer):
         state_dict_kind: StateDictKind = "whole",
         profile: Profile = "off",
         diagnostics_every: int = 0,
+        qk_clip: QKClip | None = None,
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -116,6 +119,7 @@ class Muon(torch.optim.Optimizer):
                 `sharded_state_dict` does, for frameworks on torch.distributed.checkpoint.
             profile: "phases" times the phases of a step for `report()`.
             diagnostics_every: Steps between two looks at the updates (docs/diagnostics.md).
+            qk_clip: Attention layers whose logits are clipped (docs/qk-clip.md).
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
@@ -147,6 +151,7 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         group_check.require_muon(self.param_groups)
+        self.qk_clip = check_clip(qk_clip, self._names)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -156,8 +161,7 @@ class Muon(torch.optim.Optimizer):
             param_group: As in torch.optim, with the optional keys of the constructor.
 
         Raises:
-            ValueError: as the constructor.
-            TypeError: as the constructor.
+            ValueError: as the constructor, and so TypeError.
         """
         index = len(self.param_groups)
         entries, names = group_check.read_group(param_group, index, self.defaults, self._names)
@@ -330,15 +334,12 @@ class Muon(torch.optim.Optimizer):
         Returns:
             An ordinary optimizer dictionary, the same for every world size, named as torch.optim
             does: "momentum_buffer", or "step", "exp_avg" and "exp_avg_sq", in each parameter's own
-            shape; the fp32 "master" of narrow parameters too. With `state_dict_kind="sharded"`
-            handles of them.
+            shape; narrow ones' fp32 "master" too. With `state_dict_kind="sharded"` handles.
 
         Raises:
-            RuntimeError: over several ranks, each of which holds a part, unless this rank has just
-                received the whole from `consolidate_state_dict`.
+            RuntimeError: over several ranks, unless `consolidate_state_dict` came just before.
         """
-        reference = self.keeper.reference()
-        return reference or self._pack(self.keeper.to_save(self._specify()))
+        return self.keeper.reference() or self._pack(self.keeper.to_save(self._specify()))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,9 +373,8 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _specify(self) -> list[BucketSpec]:
-        if self._engine is not None:
-            return [bucket.spec for bucket in self._engine.buckets]
-        return self._lay_out(self._names)
+        buckets = self._engine.buckets if self._engine else ()
+        return [bucket.spec for bucket in buckets] or self._lay_out(self._names)
 
     def _lay_out(self, names: Mapping[Tensor, str]) -> list[BucketSpec]:
         return specify(self.param_groups, names, self.communicator.world_size, self.policy)
@@ -383,7 +383,8 @@ class Muon(torch.optim.Optimizer):
         return self._engine or self._use(self._build(self._names))
 
     def _build(self, names: Mapping[Tensor, str]) -> Engine:
-        return Engine(self._lay_out(names), self.param_groups, self.policy, self.communicator)
+        specs, last = self._lay_out(names), (self.communicator, self.qk_clip)
+        return Engine(specs, self.param_groups, self.policy, *last)
 
     def _use(self, engine: Engine) -> Engine:
         self.keeper.open(engine.buckets)

@@ -21,7 +21,8 @@ from distmuon.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from distmuon.training.config import Config, KeyInfo
+    from distmuon.training.config import Config
+    from distmuon.training.keys import KeyInfo
 
 _WIDTH = 96
 _NEEDED = "omegaconf"
@@ -105,7 +106,7 @@ def starter(config: Config) -> str:
     Returns:
         The file's text; `load_config` reads it back to an equal configuration.
     """
-    from distmuon.training.config import describe_keys
+    from distmuon.training.keys import describe_keys
 
     lines = [
         "# A training run of distmuon. Every key has its default unless you change it; keys may be",

@@ -8,18 +8,16 @@ This is the only module of the package that reads environment variables.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 from distmuon.errors import Entry, with_entry
+from distmuon.qk_clip import Measure
 from distmuon.update_rules import AdjustLrMode
 
 T = TypeVar("T")
-_YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 # May a key differ from the checkpoint's? "free": also in the run that goes on. "fork": only in a
 # new run that begins with its state. "fixed": never, the state would mean something else.
@@ -192,6 +190,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QKClipConfig:
+    """QK-Clip: where attention logits exceed a threshold, query and key weights are scaled down."""
+
+    threshold: float = _key(
+        0.0, "largest logit; inf only measures, 0 turns it off (muon only)", "fork"
+    )
+    alpha: float = _key(0.5, "share of the queries in the factor; the keys take the rest")
+    measure: Measure = _key(  # noqa: RUF009 - a string, which cannot be changed
+        "exact",
+        "exact computes every logit again; bound takes longest query times longest key",
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.threshold >= 0, "qk_clip.threshold", self.threshold, ">= 0")
+        _require(0.0 <= self.alpha <= 1.0, "qk_clip.alpha", self.alpha, "0 <= x <= 1")
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """How long and how: batch, schedule, clipping, logging."""
 
@@ -249,66 +266,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    qk_clip: QKClipConfig = field(default_factory=QKClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyInfo:
-    """One configuration key as `--help` shows it.
-
-    Attributes:
-        name: dotted name, such as `optimizer.lr`.
-        section: documentation of its section.
-        type: what it accepts, such as `float` or `auto | cpu | cuda`.
-        default: its default, as one would write it in YAML or on the command line.
-        meaning: one line.
-        on_resume: whether it may differ from a checkpoint's.
-    """
-
-    name: str
-    section: str
-    type: str
-    default: str
-    meaning: str
-    on_resume: OnResume
-
-
-def describe_keys(config: Config | None = None) -> Iterator[KeyInfo]:
-    """Yield every configuration key in the order of its declaration.
-
-    Args:
-        config: whose values to give as defaults; None for the defaults themselves.
-    """
-    defaults = config or Config()
-    for section_field in fields(Config):
-        section = getattr(defaults, section_field.name)
-        about = (type(section).__doc__ or "").splitlines()[0]
-        types = get_type_hints(type(section))
-        for key in fields(section):
-            yield KeyInfo(
-                name=f"{section_field.name}.{key.name}",
-                section=about,
-                type=_describe_type(types[key.name]),
-                default=_as_yaml(getattr(section, key.name)),
-                meaning=key.metadata["meaning"],
-                on_resume=key.metadata["on_resume"],
-            )
-
-
-def _describe_type(kind: object) -> str:
-    if get_origin(kind) is Literal:
-        return " | ".join(get_args(kind))
-    if isinstance(kind, type) and get_origin(kind) is None:
-        return kind.__name__
-    return str(kind).replace("None", "null")
-
-
-def _as_yaml(value: object) -> str:
-    # JSON is YAML; a plain word needs no quotes, unless YAML takes it for a truth value or null.
-    text = json.dumps(value, ensure_ascii=False)
-    plain = isinstance(value, str) and value.isidentifier() and value.lower() not in _YAML_WORDS
-    return text.strip('"') if plain else text
 
 
 def check_batch(train: TrainConfig, world_size: int) -> int:

@@ -11,7 +11,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distmuon.training.config import Config, ConfigError, describe_keys
+from distmuon.training.config import Config, ConfigError
+from distmuon.training.keys import describe_keys
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -217,6 +217,7 @@ def _measure(
         step_ms=1e3 * interval.train_s / interval.steps,
         diagnostics=result.diagnostics,
         max_logits=result.max_logits,
+        qk_clip=result.qk_clip,
     )
 
 

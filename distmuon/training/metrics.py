@@ -35,6 +35,7 @@ class StepMetrics:
         step_ms: mean time of a whole step in milliseconds, on rank 0; None in older files.
         diagnostics: of this step, if it was measured (`train.diagnostics_every`).
         max_logits: largest attention logit of each layer in this step, likewise.
+        qk_clip: what QK-Clip found and did in this step, None without it.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepMetrics:
     step_ms: float | None = None
     diagnostics: Diagnostics | None = None
     max_logits: Mapping[str, float] | None = None
+    qk_clip: Mapping[str, float] | None = None
 
 
 @dataclass(slots=True)

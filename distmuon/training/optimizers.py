@@ -14,15 +14,21 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distmuon import Muon, build_param_groups
-from distmuon.training.config import ConfigError, OptimizerConfig, TrainConfig
+from distmuon import Muon, QKClip, build_param_groups
+from distmuon.qk_clip import attention_layers, record
+from distmuon.training.config import Config, ConfigError, OptimizerConfig, TrainConfig
 from distmuon.training.world import World
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, world: World, *, diagnostics_every: int = 0
+    model: nn.Module,
+    config: OptimizerConfig,
+    world: World,
+    *,
+    clip: QKClip | None = None,
+    diagnostics_every: int = 0,
 ) -> Optimizer:
     """Build Muon, or AdamW; either keeps 1/N of its state on each of N ranks (ZeRO-1).
 
@@ -32,6 +38,7 @@ def build_optimizer(
         model: the bare model, not its DDP wrapper, so that names are the model's own.
         config: the section `optimizer`.
         world: with its process group, or without for one process.
+        clip: what bounds the attention logits (Muon only).
         diagnostics_every: steps between two looks at the updates; Muon's alone.
 
     Raises:
@@ -48,6 +55,7 @@ def build_optimizer(
     ours: dict[str, Any] = {
         "process_group": world.group,
         "diagnostics_every": diagnostics_every,
+        "qk_clip": clip,
     }
     try:
         return Muon(groups, **ours, **muon_options(config))
@@ -58,6 +66,45 @@ def build_optimizer(
 def muon_options(config: OptimizerConfig) -> dict[str, Any]:
     """Hyperparameters of Muon under any engine: all of the section but its name."""
     return {key: value for key, value in asdict(config).items() if key != "name"}
+
+
+def build_clip(model: nn.Module, config: Config) -> QKClip | None:
+    """Build what bounds the attention logits, and let it observe the model.
+
+    Args:
+        model: the bare model; each attention has a module `core` that gets queries and keys.
+        config: of the run.
+
+    Returns:
+        None if it is turned off.
+
+    Raises:
+        ConfigError: with an optimizer or engine that cannot clip.
+    """
+    if not config.qk_clip.threshold:
+        return None
+    for key, value, possible in (
+        ("optimizer.name", config.optimizer.name, ("muon",)),
+        ("run.engine", config.run.engine, ("native", "accelerate")),
+    ):
+        if value not in possible:
+            wanted = " or ".join(possible)
+            raise ConfigError(f"qk_clip needs {key}={wanted}, not {value}.", key=key)
+    clip = QKClip(
+        attention_layers(model), threshold=config.qk_clip.threshold, alpha=config.qk_clip.alpha
+    )
+    cores = {layer.name: model.get_submodule(f"{layer.name}.core") for layer in clip.layers}
+    record(clip, cores, masking="causal", measure=config.qk_clip.measure)
+    return clip
+
+
+def clip_stats(optimizer: Optimizer) -> Mapping[str, float] | None:
+    """What QK-Clip found and did in the last step; None without it."""
+    clip = optimizer.qk_clip if isinstance(optimizer, Muon) else None
+    if clip is None:
+        return None
+    # The total begins anew with each sitting, which a run that goes on must not show.
+    return {key: value for key, value in clip.stats().items() if key != "clipped_heads_total"}
 
 
 def _build_adamw(

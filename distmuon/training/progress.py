@@ -139,9 +139,10 @@ class BarProgress:
 def describe(metrics: StepMetrics) -> str:
     """Put the measurements of a step into one line."""
     val = "" if metrics.val_loss is None else f"val {metrics.val_loss:.4f}  "
+    logit = f"max logit {metrics.qk_clip['max_logit']:.1f}  " if metrics.qk_clip else ""
     return (
         f"loss {metrics.loss:.4f}  {val}lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tokens/s  "
-        f"optimizer {metrics.optimizer_ms:.1f} ms"
+        f"{logit}optimizer {metrics.optimizer_ms:.1f} ms"
     )
 
 

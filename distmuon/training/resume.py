@@ -19,7 +19,8 @@ from typing import Any, Literal
 from distmuon import checkpoint
 from distmuon.checkpoint import CheckpointError
 from distmuon.checkpoint.manifest import read_manifest
-from distmuon.training.config import Config, ConfigError, RunConfig, describe_keys
+from distmuon.training.config import Config, ConfigError, RunConfig
+from distmuon.training.keys import describe_keys
 from distmuon.training.metrics import StepMetrics, read_metrics
 from distmuon.training.run_folder import (
     InUseError,
@@ -176,13 +177,15 @@ def _read_metadata(path: Path) -> tuple[Mapping[str, Any], int]:
 
 def compare_configs(saved: Mapping[str, Any], config: Config) -> Iterator[Change]:
     """Yield the keys whose values differ, in the order of their declaration."""
-    now = asdict(config)
+    now, defaults = asdict(config), asdict(Config())
     for info in describe_keys():
         section, key = info.name.split(".")
-        value = now[section][key]
-        # JSON, which the checkpoint went through, knows no tuples.
-        value = list(value) if isinstance(value, tuple) else value
-        there = saved.get(section, {}).get(key)
+        # A key that came after the checkpoint: it did what is now the default. And JSON, which the
+        # checkpoint went through, knows no tuples.
+        value, there = (
+            list(each) if isinstance(each, tuple) else each
+            for each in (now[section][key], saved.get(section, {}).get(key, defaults[section][key]))
+        )
         if there != value:
             yield Change(info.name, there, value)
 

@@ -98,6 +98,8 @@ def _settle_buckets(trainer: Trainer) -> None:
     """
     trainer.forward_backward(0)
     trainer.optimizer.zero_grad(set_to_none=True)
+    if isinstance(trainer.optimizer, Muon) and trainer.optimizer.qk_clip:
+        trainer.optimizer.qk_clip.discard()
 
 
 def _random_states(world: World) -> dict[str, Tensor]:

@@ -23,7 +23,12 @@ from distmuon.training.config import Config, check_batch
 from distmuon.training.data import Corpus, read_windows, train_starts, val_starts
 from distmuon.training.engines import Engine, build_engine
 from distmuon.training.model import Transformer
-from distmuon.training.optimizers import build_optimizer, build_schedule
+from distmuon.training.optimizers import (
+    build_clip,
+    build_optimizer,
+    build_schedule,
+    clip_stats,
+)
 from distmuon.training.with_deepspeed import build_zero_optimizer
 from distmuon.training.world import World
 
@@ -45,6 +50,7 @@ class StepResult:
         optimizer_s: seconds in `optimizer.step`.
         diagnostics: of this step, if it was its turn.
         max_logits: largest attention logit of each layer over all ranks, likewise.
+        qk_clip: from `QKClip.stats`; None without it.
     """
 
     loss: float
@@ -53,6 +59,7 @@ class StepResult:
     optimizer_s: float
     diagnostics: Diagnostics | None = None
     max_logits: Mapping[str, float] | None = None
+    qk_clip: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,8 @@ class Trainer:
         self.world.synchronize()
         optimizer_s = time.perf_counter() - began
         self.engine.advance()
-        result = StepResult(loss, grad_norm, float(lr), optimizer_s)
+        clipped = clip_stats(self.optimizer)
+        result = StepResult(loss, grad_norm, float(lr), optimizer_s, qk_clip=clipped)
         return result if logits is None else self._diagnose(result, logits)
 
     def _diagnose(self, result: StepResult, logits: Mapping[str, Tensor]) -> StepResult:
@@ -180,11 +188,14 @@ def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
     check_batch(config.train, world.size)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model, context=config.data.context).to(world.device)
+    clip = build_clip(model, config)
     if config.run.engine == "deepspeed":
         optimizer = build_zero_optimizer(model, config, world)
     else:
         every = config.train.diagnostics_every
-        optimizer = build_optimizer(model, config.optimizer, world, diagnostics_every=every)
+        optimizer = build_optimizer(
+            model, config.optimizer, world, clip=clip, diagnostics_every=every
+        )
     scheduled = partial(build_schedule, config=config.train)
     engine, schedule = build_engine(config, world, model, optimizer, scheduled)
     return Trainer(config, world, corpus, model, engine, optimizer, schedule)

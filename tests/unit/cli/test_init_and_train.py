@@ -13,8 +13,9 @@ import pytest
 
 from distmuon.cli.init import starter
 from distmuon.cli.main import main
-from distmuon.training.config import Config, describe_keys
+from distmuon.training.config import Config
 from distmuon.training.config_file import load_config
+from distmuon.training.keys import describe_keys
 
 ROOT = Path(__file__).parents[3]
 # Two steps of a model of a few thousand parameters.

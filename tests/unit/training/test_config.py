@@ -11,9 +11,9 @@ from distmuon.training.config import (
     Launch,
     TrainConfig,
     check_batch,
-    describe_keys,
 )
 from distmuon.training.config_file import keys_help, load_config, to_yaml
+from distmuon.training.keys import describe_keys
 from distmuon.training.main import main
 
 ROOT = Path(__file__).resolve().parents[3]

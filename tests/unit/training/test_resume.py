@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from distmuon import checkpoint
-from distmuon.training.config import Config, ConfigError, Launch, describe_keys
+from distmuon.training.config import Config, ConfigError, Launch
 from distmuon.training.config_file import load_config
+from distmuon.training.keys import describe_keys
 from distmuon.training.loop import run_training
 from distmuon.training.metrics import read_metrics
 from distmuon.training.run_folder import RunFolder
