@@ -244,6 +244,44 @@ def test_one_rank_that_observes_is_enough_and_none_is_not() -> None:
     assert len(set(run_ranks(2, observed_by_nobody))) == 1
 
 
+def skipped_by_a_scaler() -> tuple[bool, list[float]]:
+    q, k, clip, optimizer = _small(reduce="owned")
+    optimizer.attach(nn.ModuleList([q, k]))
+    before = q.weight.detach().clone()
+    (q.weight.sum() + k.weight.sum()).backward()
+    clip.observe("layer", [1.0, math.inf])
+    optimizer.unscale_(1.0)
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]  # as a GradScaler does
+    optimizer.step()
+    return torch.equal(q.weight, before), clip.take()
+
+
+def test_a_step_that_a_scaler_skips_forgets_its_logits() -> None:
+    assert run_ranks(2, skipped_by_a_scaler) == [(True, [-math.inf] * 2)] * 2
+
+
+def clip_after_refresh() -> Tensor:
+    _, _, clip, optimizer = _small(threshold=1.0)
+    clip.observe("layer", [1.0, 1.0])
+    optimizer.step()
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(31, 7)))]})
+    optimizer.refresh()
+    for group in optimizer.param_groups:
+        group.update(lr=0.0)
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    q, k = (parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"])
+    clip.observe("layer", [4.0, 1.0])
+    optimizer.step()
+    scaled = [parameter.detach() for parameter in optimizer.param_groups[0]["params"]]
+    return torch.stack((scaled[0] / q, scaled[1] / k)).amin(-1)
+
+
+def test_a_new_layout_clips_the_same_rows() -> None:
+    expected = torch.tensor([[0.5] * 4 + [1.0] * 4] * 2)
+    assert all(torch.equal(ratios, expected) for ratios in run_ranks(2, clip_after_refresh))
+
+
 def bytes_of_a_step() -> tuple[int, int]:
     sent = []
     for clipped in (True, False):

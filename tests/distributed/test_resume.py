@@ -116,6 +116,14 @@ def test_two_sittings_are_one_run_bitwise(runs: Path) -> None:
     assert_same_run(runs / "one/x", runs / "two/x")
 
 
+def test_two_sittings_clip_the_same_attention_logits(tmp_path: Path) -> None:
+    configs = [configure(tmp_path / each, "qk_clip.threshold=0.3") for each in ("one", "two")]
+    assert run_ranks(2, sit_both_ways, *configs) == [["", ""]] * 2
+    lines = read_metrics(tmp_path / "one/x/metrics.jsonl")
+    assert any(line.clipped_heads for line in lines if line.step > 4)
+    assert_same_run(tmp_path / "one/x", tmp_path / "two/x")
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_other_ranks_go_on_with_the_same_losses(runs: Path, tmp_path: Path, ranks: int) -> None:
     cut_short(runs / "one/x", tmp_path / "x", step=4)

@@ -54,6 +54,11 @@ def from_model(
         TypeError: likewise.
     """
     check_version()
+    if options.pop("qk_clip", None) is not None:
+        raise ValueError(
+            "qk_clip is not done under DeepSpeed yet, which steps group by group: use "
+            "distmuon.Muon with DistributedDataParallel or Accelerate, or leave it out."
+        )
     if config is not None:
         check_config(config)
     groups = build_param_groups(model, weight_decay=weight_decay, decay=decay, overrides=overrides)

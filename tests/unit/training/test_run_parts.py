@@ -256,6 +256,40 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(name: str) ->
         assert torch.equal(value, before[key])
 
 
+@pytest.mark.parametrize("measure", ["exact", "bound"])
+def test_attention_logits_are_clipped_and_told(measure: str) -> None:
+    measured = trainer("qk_clip.threshold=inf", "optimizer.lr=0.05")
+    clipped = trainer("qk_clip.threshold=1.5", f"qk_clip.measure={measure}", "optimizer.lr=0.05")
+    assert trainer().step(0).logits == {}
+    runs = [[each.step(step).logits for step in range(4)] for each in (measured, clipped)]
+    assert all(logits["clipped_heads"] == 0 for logits in runs[0])
+    assert runs[0][-1]["max_logit"] > 2 * runs[1][-1]["max_logit"]
+    assert runs[1][0]["clipped_heads"] == 2
+    if measure == "exact":
+        assert runs[0][0]["max_logit"] == runs[1][0]["max_logit"]
+    else:
+        assert runs[0][0]["max_logit"] < runs[1][0]["max_logit"]
+
+
+def test_the_largest_logit_of_all_passes_counts() -> None:
+    whole = trainer("train.batch=6", "qk_clip.threshold=1.5")
+    parts = trainer("train.batch=6", "train.accumulation=3", "qk_clip.threshold=1.5")
+    for step in range(2):
+        first, second = whole.step(step).logits, parts.step(step).logits
+        assert first["max_logit"] == pytest.approx(second["max_logit"], rel=1e-4)
+        whole.validate()  # is not observed
+    assert first["clipped_heads"] == second["clipped_heads"] == 2
+
+
+def test_what_cannot_clip_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"qk_clip needs optimizer.name=muon, not adamw"):
+        trainer("qk_clip.threshold=30", "optimizer.name=adamw")
+    with pytest.raises(
+        ConfigError, match=r"qk_clip needs run.engine=native or accelerate, not dee"
+    ):
+        trainer("qk_clip.threshold=30", "run.engine=deepspeed")
+
+
 def test_bfloat16_trains_in_float32_weights() -> None:
     run = trainer("train.precision=bfloat16", "train.batch=2")
     assert math.isfinite(run.step(0).loss)
