@@ -260,8 +260,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(name: str) ->
 def test_attention_logits_are_clipped_and_told(measure: str) -> None:
     measured = trainer("qk_clip.threshold=inf", "optimizer.lr=0.05")
     clipped = trainer("qk_clip.threshold=1.5", f"qk_clip.measure={measure}", "optimizer.lr=0.05")
-    assert trainer().step(0).logits == {}
-    runs = [[each.step(step).logits for step in range(4)] for each in (measured, clipped)]
+    assert trainer().step(0).qk_clip is None
+    runs = [[each.step(step).qk_clip for step in range(4)] for each in (measured, clipped)]
     assert all(logits["clipped_heads"] == 0 for logits in runs[0])
     assert runs[0][-1]["max_logit"] > 2 * runs[1][-1]["max_logit"]
     assert runs[1][0]["clipped_heads"] == 2
@@ -275,7 +275,7 @@ def test_the_largest_logit_of_all_passes_counts() -> None:
     whole = trainer("train.batch=6", "qk_clip.threshold=1.5")
     parts = trainer("train.batch=6", "train.accumulation=3", "qk_clip.threshold=1.5")
     for step in range(2):
-        first, second = whole.step(step).logits, parts.step(step).logits
+        first, second = whole.step(step).qk_clip, parts.step(step).qk_clip
         assert first["max_logit"] == pytest.approx(second["max_logit"], rel=1e-4)
         whole.validate()  # is not observed
     assert first["clipped_heads"] == second["clipped_heads"] == 2
