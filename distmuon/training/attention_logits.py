@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from distmuon.qk_clip import max_logits
 from distmuon.training.model import CoreAttention
 
 
@@ -40,25 +40,5 @@ def record_max_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _look(
     layer: str, found: dict[str, Tensor], module: nn.Module, inputs: tuple[Tensor, ...]
 ) -> None:
-    largest = max_causal_logit(inputs[0], inputs[1])
+    largest = max_logits(inputs[0], inputs[1], masking="causal").amax()
     found[layer] = torch.maximum(found[layer], largest) if layer in found else largest
-
-
-def max_causal_logit(query: Tensor, key: Tensor) -> Tensor:
-    """Largest entry of query @ keyᵀ / sqrt(head_dim) on and below the diagonal.
-
-    Args:
-        query: [batch, heads, length, head_dim], with positions.
-        key: Same shape.
-
-    Returns:
-        A float32 scalar.
-    """
-    length, head_dim = query.shape[-2:]
-    later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
-    # One sequence at a time: all logits of a batch at once may be larger than the model.
-    rows = [
-        (q.float() @ k.float().mT).masked_fill_(later, -math.inf).amax()
-        for q, k in zip(query, key, strict=True)
-    ]
-    return torch.stack(rows).amax() / math.sqrt(head_dim)
