@@ -144,7 +144,8 @@ def check_layers(layers: Sequence[AttentionLayer], shapes: Mapping[str, Sequence
 
 def _refuse_norm(layer: AttentionLayer, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
     # `attention.q_proj.weight` -> what else is in `attention`.
-    inside = f"{name.rpartition('.')[0].rpartition('.')[0]}."
+    parent = name.rpartition(".")[0].rpartition(".")[0]
+    inside = f"{parent}." if parent else ""
     for other in shapes:
         part = other.removeprefix(inside).partition(".")[0]
         if other.startswith(inside) and is_qk_norm(part):

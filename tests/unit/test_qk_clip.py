@@ -508,6 +508,8 @@ def test_normalized_queries_are_refused_as_inert() -> None:
     model = nn.ModuleDict({"x": with_norm()})
     with pytest.raises(ValueError, match=r"\(x\.q_norm\).* would be inert"):
         Muon(build_param_groups(model), qk_clip=QKClip(layers))
+    with pytest.raises(ValueError, match=r"\(q_norm\).* would be inert"):
+        Muon(build_param_groups(with_norm()), qk_clip=QKClip(attention_layers(Grouped())))
 
 
 def test_a_description_must_fit_the_optimizer() -> None:
