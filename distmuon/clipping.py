@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distmuon.collectives import Communicator
+from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.layout import Layout
 from distmuon.qk_clip.clip import QKClip
@@ -107,6 +108,7 @@ def check_clip(clip: QKClip | None, names: Mapping[Tensor, str]) -> QKClip | Non
     if not isinstance(clip, QKClip | None):
         raise TypeError(
             f"Invalid qk_clip of type {type(clip).__name__}. Must be a distmuon.QKClip or None."
+            + see("bad-option")
         )
     layers = clip.layers if clip else ()
     check_layers(layers, {name: parameter.shape for parameter, name in names.items()})

@@ -43,8 +43,7 @@ class Muon(torch.optim.Optimizer):
     those once; return the pieces; apply decay and update to my range; publish the parameters.
     Given equal averaged gradients the parameters are bitwise those of one process (fp32, CPU).
 
-    Without a process group the same path runs with nothing to send. At the first step the
-    parameters become views of flat buffers. See `reduce` for who averages the gradients.
+    Without a process group nothing is sent. At the first step parameters become views of buffers.
 
     Attributes:
         communicator: The ranks that the state is sharded over.
@@ -383,8 +382,8 @@ class Muon(torch.optim.Optimizer):
         return self._engine or self._use(self._build(self._names))
 
     def _build(self, names: Mapping[Tensor, str]) -> Engine:
-        specs, last = self._lay_out(names), (self.communicator, self.qk_clip)
-        return Engine(specs, self.param_groups, self.policy, *last)
+        rest = self.param_groups, self.policy, self.communicator, self.qk_clip
+        return Engine(self._lay_out(names), *rest)
 
     def _use(self, engine: Engine) -> Engine:
         self.keeper.open(engine.buckets)

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from distmuon.errors import see
 from distmuon.qk_clip import Measure, QKClip
 from distmuon.qk_clip.recording import observe_pass
 from distmuon.routing import walk_modules
@@ -22,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "distmuon.adapters.transformers_attention needs transformers 4.56 or later: "
-        "pip install 'distmuon[hf]'."
+        "pip install 'distmuon[hf]'." + see("missing-package")
     ) from error
 
 # transformers looks an implementation up by this name, which its model's configuration holds.
@@ -58,12 +59,16 @@ def record_attention(model: Any, clip: QKClip, *, measure: Measure = "exact") ->
     modules = {path: module for path, module, _ in walk_modules(model)}
     missing = [layer.name for layer in clip.layers if layer.name not in modules]
     if missing:
-        raise ValueError(f"The model has no module {missing[0]!r}: describe this very model.")
+        raise ValueError(
+            f"The model has no module {missing[0]!r}: describe this very model."
+            + see("qk-clip-layers")
+        )
     used = model.config._attn_implementation
     if used not in ("sdpa", _NAME):
         raise ValueError(
             f'The model uses the attention implementation {used!r}. Must be "sdpa": load it with '
             'attn_implementation="sdpa", or observe the logits yourself (docs/qk-clip.md).'
+            + see("qk-clip-logits")
         )
     AttentionInterface.register(_NAME, _observed_sdpa)
     AttentionMaskInterface.register(_NAME, sdpa_mask)

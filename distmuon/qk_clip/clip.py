@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.qk_clip.layers import AttentionLayer, check_apart
 
 Grouped = Literal["query", "balanced"]
@@ -76,16 +77,23 @@ class QKClip:
         """
         self.layers = tuple(layers)
         if not self.layers:
-            raise ValueError("QKClip was given no attention layers: nothing would ever be clipped.")
+            raise ValueError(
+                "QKClip was given no attention layers: nothing would ever be clipped."
+                + see("qk-clip-layers")
+            )
         check_apart(self.layers)
         if not threshold > 0:
-            raise ValueError(f"Invalid {threshold=}. Must be > 0.")
+            raise ValueError(f"Invalid {threshold=}. Must be > 0." + see("bad-option"))
         if not 0 <= alpha <= 1:
-            raise ValueError(f"Invalid {alpha=}. Must be between 0 and 1.")
+            raise ValueError(f"Invalid {alpha=}. Must be between 0 and 1." + see("bad-option"))
         if grouped not in get_args(Grouped):
-            raise ValueError(f"Invalid {grouped=}. Must be one of {get_args(Grouped)}.")
+            raise ValueError(
+                f"Invalid {grouped=}. Must be one of {get_args(Grouped)}." + see("bad-option")
+            )
         if unobserved not in get_args(Unobserved):
-            raise ValueError(f"Invalid {unobserved=}. Must be one of {get_args(Unobserved)}.")
+            raise ValueError(
+                f"Invalid {unobserved=}. Must be one of {get_args(Unobserved)}." + see("bad-option")
+            )
         self.threshold = float(threshold)
         self.alpha = float(alpha)
         self.grouped: Grouped = grouped
@@ -108,12 +116,15 @@ class QKClip:
             ValueError: for another number of heads.
         """
         if layer not in self._heads:
-            raise KeyError(f"No attention layer {layer!r}. There are {list(self._heads)}.")
+            raise KeyError(
+                f"No attention layer {layer!r}. There are {list(self._heads)}."
+                + see("qk-clip-logits")
+            )
         found = torch.as_tensor(max_logits).detach().to(torch.float32)
         if found.shape != (self._heads[layer],):
             raise ValueError(
                 f"{layer} was observed with maxima of shape {list(found.shape)}. Must be "
-                f"[{self._heads[layer]}], one for each query head."
+                f"[{self._heads[layer]}], one for each query head." + see("qk-clip-logits")
             )
         before = self._seen.get(layer)
         # maximum keeps a NaN, which must not be lost to the next micro-batch.
@@ -178,7 +189,7 @@ class QKClip:
                 f"QK-Clip has seen no attention logits of {missing[0]} in this step "
                 f"({len(missing)} of {len(rows)} layers are so), so it cannot clip them. Call "
                 "observe() after every forward pass, or use a recorder (docs/qk-clip.md); "
-                'QKClip(unobserved="keep") leaves such layers alone.'
+                'QKClip(unobserved="keep") leaves such layers alone.' + see("qk-clip-logits")
             )
         self._last = {
             layer.name: _Clipped(max(own), sum(value > self.threshold for value in own))

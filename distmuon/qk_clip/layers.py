@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from distmuon.errors import see
+
 Axis = Literal["rows", "columns"]
 
 
@@ -38,6 +40,7 @@ class HeadRows:
             raise ValueError(
                 f"Invalid heads of {self.parameter}: {self.count} {self.axis} from {self.starts}. "
                 "Must be one start >= 0 for each head, and at least one row."
+                + see("qk-clip-layers")
             )
 
     @property
@@ -70,7 +73,10 @@ class AttentionLayer:
     def __post_init__(self) -> None:
         """Check that the numbers of heads agree."""
         if not self.query or not self.key:
-            raise ValueError(f"{self.name} needs the rows of its queries and of its keys.")
+            raise ValueError(
+                f"{self.name} needs the rows of its queries and of its keys."
+                + see("qk-clip-layers")
+            )
         for rows in (*self.query, *self.query_shared):
             _check_heads(self.name, rows, self.heads, "query")
         for rows in self.key:
@@ -78,7 +84,7 @@ class AttentionLayer:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.name} has {self.heads} query heads and {self.kv_heads} key heads. The "
-                "first must be a multiple of the second."
+                "first must be a multiple of the second." + see("qk-clip-layers")
             )
 
     @property
@@ -101,7 +107,7 @@ def _check_heads(layer: str, rows: HeadRows, heads: int, kind: str) -> None:
     if len(rows.starts) != heads:
         raise ValueError(
             f"{layer}: {rows.parameter} has rows of {len(rows.starts)} {kind} heads. Must be "
-            f"{heads}, as in the first of its parameters."
+            f"{heads}, as in the first of its parameters." + see("qk-clip-layers")
         )
 
 
@@ -215,7 +221,7 @@ def check_apart(layers: Sequence[AttentionLayer]) -> None:
     names = [layer.name for layer in layers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Two attention layers are called {twice[0]!r}.")
+        raise ValueError(f"Two attention layers are called {twice[0]!r}." + see("qk-clip-layers"))
     spans: dict[tuple[str, Axis], list[tuple[int, int, str]]] = {}
     for layer in layers:
         for rows in layer.blocks:
@@ -228,6 +234,7 @@ def check_apart(layers: Sequence[AttentionLayer]) -> None:
                     f"{axis.capitalize()} {start} to {stop} of {parameter} belong to two heads, in "
                     f"{one} and {other}: they would be scaled twice. Describe weights that "
                     "several layers share once, and observe all of them under that one name."
+                    + see("qk-clip-layers")
                 )
 
 

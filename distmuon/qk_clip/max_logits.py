@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
+
 Masking = Literal["none", "causal"]
 Measure = Literal["exact", "bound"]
 
@@ -51,7 +53,7 @@ def max_logits(
     if masking == "causal" and query.shape[2] != key.shape[2]:
         raise ValueError(
             f"Causal attention of {query.shape[2]} queries to {key.shape[2]} keys: positions are "
-            "not given. Pass a mask instead."
+            "not given. Pass a mask instead." + see("qk-clip-logits")
         )
     batch, heads, length, width = query.shape
     seen = key.shape[2]
@@ -136,8 +138,9 @@ def _check(query: Tensor, key: Tensor, scale: float | None) -> float:
         raise ValueError(
             f"Queries {list(query.shape)} and keys {list(key.shape)} do not fit. Must be [batch, "
             "heads, length, head_dim] and [batch, kv_heads, key length, head_dim]."
+            + see("qk-clip-logits")
         )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if not factor > 0:
-        raise ValueError(f"Invalid {scale=}. Must be > 0.")
+        raise ValueError(f"Invalid {scale=}. Must be > 0." + see("bad-option"))
     return factor

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from distmuon.errors import see
 from distmuon.qk_clip.layers import (
     AttentionLayer,
     Axis,
@@ -65,13 +66,13 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
         raise ValueError(
             f"{strange[0]} looks like attention, but where its queries and keys come from is not "
             f"known ({len(strange)} modules are so). Describe the layers with "
-            "distmuon.qk_clip.AttentionLayer (docs/qk-clip.md)."
+            "distmuon.qk_clip.AttentionLayer (docs/qk-clip.md)." + see("qk-clip-layers")
         )
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no module with projections of a known name, such as "
             "q_proj and k_proj. Describe its attention with distmuon.qk_clip.AttentionLayer "
-            "(docs/qk-clip.md)."
+            "(docs/qk-clip.md)." + see("qk-clip-layers")
         )
     return tuple(found.values())
 
@@ -119,7 +120,7 @@ def _related(one: str, other: str) -> bool:
 def _refuse_norm(path: str, module: nn.Module) -> None:
     for child, _ in module.named_children():
         if is_qk_norm(child):
-            raise ValueError(inert(path, _join(path, child)))
+            raise ValueError(inert(path, _join(path, child)) + see("qk-norm"))
 
 
 class _Sizes(NamedTuple):
@@ -143,6 +144,7 @@ def _read_sizes(path: str, module: nn.Module, outputs: int) -> _Sizes:
     raise ValueError(
         f"{path} does not say how many heads its {outputs} query elements have: it has none of "
         f"{[*_HEAD_WIDTHS, *_HEAD_COUNTS]}. Describe it with distmuon.qk_clip.attention_layer."
+        + see("qk-clip-layers")
     )
 
 
@@ -155,7 +157,7 @@ def _read_separate(path: str, module: nn.Module) -> AttentionLayer:
     if rest:
         raise ValueError(
             f"{path} has heads of width {sizes.head_dim}, but {elements} key elements. "
-            "Describe it with distmuon.qk_clip.attention_layer."
+            "Describe it with distmuon.qk_clip.attention_layer." + see("qk-clip-layers")
         )
     return attention_layer(
         path,
@@ -192,7 +194,7 @@ def _read_blocks(path: str, module: nn.Module) -> AttentionLayer:
     if not heads or not groups or outputs % (heads + 2 * groups):
         raise ValueError(
             f"{path} does not say how its {outputs} fused elements are cut. Describe it with "
-            "distmuon.qk_clip.AttentionLayer."
+            "distmuon.qk_clip.AttentionLayer." + see("qk-clip-layers")
         )
     width = outputs // (heads + 2 * groups)
     names = _weights(path, module, "qkv_proj")
@@ -211,7 +213,7 @@ def _read_interleaved(path: str, module: nn.Module) -> AttentionLayer:
     if outputs % 3 or getattr(config, "multi_query", None) or hasattr(config, "num_kv_heads"):
         raise ValueError(
             f"{path} fuses shared keys in an order of its own. Describe it with "
-            "distmuon.qk_clip.AttentionLayer."
+            "distmuon.qk_clip.AttentionLayer." + see("qk-clip-layers")
         )
     width = sizes.head_dim
 
@@ -232,7 +234,7 @@ def _read_columns(path: str, module: nn.Module) -> AttentionLayer:
     if outputs % 3 or getattr(module, "is_cross_attention", False):
         raise ValueError(
             f"{path} does not fuse queries, keys and values of one size. Describe it with "
-            "distmuon.qk_clip.AttentionLayer."
+            "distmuon.qk_clip.AttentionLayer." + see("qk-clip-layers")
         )
 
     def rows(name: str, first: int) -> HeadRows:

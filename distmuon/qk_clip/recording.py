@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from distmuon.errors import see
 from distmuon.qk_clip.clip import QKClip
 from distmuon.qk_clip.max_logits import Masking, Measure, max_logit_bound, max_logits
 
@@ -41,7 +42,7 @@ def record(
     """
     unknown = sorted(set(modules) - {layer.name for layer in clip.layers})
     if unknown:
-        raise KeyError(f"No attention layer {unknown[0]!r} in this QKClip.")
+        raise KeyError(f"No attention layer {unknown[0]!r} in this QKClip." + see("qk-clip-logits"))
 
     def look(name: str, query: Tensor, key: Tensor) -> None:
         observe_pass(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.layout import Layout, Segment
 from distmuon.qk_clip.layers import AttentionLayer, HeadRows
 
@@ -124,7 +125,7 @@ def check_layers(layers: Sequence[AttentionLayer], shapes: Mapping[str, Sequence
                 raise ValueError(
                     f"QK-Clip of {layer.name} needs {name!r}, which is no parameter of the "
                     f"optimizer.{hint} Frozen weights cannot be clipped; names come from "
-                    "build_param_groups(model) or model.named_parameters()."
+                    "build_param_groups(model) or model.named_parameters()." + see("qk-clip-layers")
                 )
             columns = _columns(shapes[name])
             extent = columns if block.axis == "columns" else math.prod(shapes[name]) // columns
@@ -132,12 +133,13 @@ def check_layers(layers: Sequence[AttentionLayer], shapes: Mapping[str, Sequence
                 raise ValueError(
                     f"QK-Clip of {layer.name}: {name} has {extent} {block.axis}, but its heads "
                     f"reach to {block.stop}. Its shape is {list(shapes[name])}."
+                    + see("qk-clip-layers")
                 )
             bias = f"{name.removesuffix('weight')}bias"
             if name.endswith("weight") and bias in shapes and bias not in listed:
                 raise ValueError(
                     f"QK-Clip of {layer.name}: {name} has a bias, {bias}, that is not listed. "
-                    "Logits would not scale as the weight does; list both."
+                    "Logits would not scale as the weight does; list both." + see("qk-clip-layers")
                 )
             _refuse_norm(layer, name, shapes)
 
@@ -149,7 +151,7 @@ def _refuse_norm(layer: AttentionLayer, name: str, shapes: Mapping[str, Sequence
     for other in shapes:
         part = other.removeprefix(inside).partition(".")[0]
         if other.startswith(inside) and is_qk_norm(part):
-            raise ValueError(inert(layer.name, f"{inside}{part}"))
+            raise ValueError(inert(layer.name, f"{inside}{part}") + see("qk-norm"))
 
 
 def is_qk_norm(name: str) -> bool:

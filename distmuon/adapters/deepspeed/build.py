@@ -12,6 +12,7 @@ from torch import nn
 
 from distmuon.adapters.deepspeed.config_check import check_config, check_version
 from distmuon.adapters.deepspeed.optimizer import ZeroOrtho
+from distmuon.errors import see
 from distmuon.layout import TensorSpec
 from distmuon.ownership import assign
 from distmuon.param_groups import Decay, build_param_groups
@@ -58,6 +59,7 @@ def from_model(
         raise ValueError(
             "qk_clip is not done under DeepSpeed yet, which steps group by group: use "
             "distmuon.Muon with DistributedDataParallel or Accelerate, or leave it out."
+            + see("deepspeed")
         )
     if config is not None:
         check_config(config)
