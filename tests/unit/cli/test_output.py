@@ -103,11 +103,12 @@ def test_an_error_is_told_on_both_channels_and_is_the_exit_code(
 ) -> None:
     monkeypatch.setattr(command_line, "COMMANDS", (Failing,))
     assert command_line.main(["fail", str(code)]) == code
-    assert capsys.readouterr() == ("", "distmuon fail: no such thing\n")
+    told = "no such thing (docs/errors.md#command)"
+    assert capsys.readouterr() == ("", f"distmuon fail: {told}\n")
     assert command_line.main(["fail", str(code), "--json"]) == code
     out, err = capsys.readouterr()
-    assert json.loads(out) == {"ok": False, "error": "no such thing"}
-    assert err == "distmuon fail: no such thing\n"
+    assert json.loads(out) == {"ok": False, "error": told}
+    assert err == f"distmuon fail: {told}\n"
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
