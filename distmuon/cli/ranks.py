@@ -136,7 +136,7 @@ def team_of(options: argparse.Namespace, *, default: int) -> Team:
     try:
         return choose_team(options.ranks, options.device, default=default, limit_s=options.timeout)
     except ValueError as error:
-        raise CommandError(str(error), code=USAGE) from None
+        raise CommandError(str(error), code=USAGE, entry="launch") from None
 
 
 def positive(text: str) -> int:
