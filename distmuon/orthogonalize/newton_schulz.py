@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distmuon.orthogonalize.guards import nonzero
 from distmuon.orthogonalize.products import (
+    gram,
     product,
     product_add,
     symmetric_product,
@@ -42,6 +43,15 @@ def inverse_norm(r: Tensor, schedule: AnySchedule) -> Tensor:
     else:
         square = r.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide)[..., None, None]
     return nonzero(square).rsqrt() / schedule.safety
+
+
+def _gram_and_scale(x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """X Xᵀ and what X has to be multiplied by to be normalized."""
+    if schedule.normalization == "schatten4":
+        r, square = gram(x)
+        return r, nonzero(square).rsqrt() / schedule.safety
+    r = symmetric_product(x, x.mT)
+    return r, inverse_norm(r, schedule)
 
 
 class _Factor(NamedTuple):
@@ -96,8 +106,7 @@ def plain(x: Tensor, schedule: Schedule) -> Tensor:
 
     Source: https://kellerjordan.github.io/posts/muon/
     """
-    r = symmetric_product(x, x.mT)
-    scale = inverse_norm(r, schedule)
+    r, scale = _gram_and_scale(x, schedule)
     r.mul_((scale * scale).to(r.dtype))
     x.mul_(scale.to(x.dtype))
     for step, triple in enumerate(schedule.coefficients):
@@ -122,13 +131,12 @@ def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) 
     """
     scale: Tensor | None = None
     for triples in windows:
-        r = symmetric_product(x, x.mT)
         if scale is None:
-            scale = inverse_norm(r, schedule)
+            r, scale = _gram_and_scale(x, schedule)
             r.mul_((scale * scale).to(r.dtype))
             q = gram_transform(r, triples).mul_(scale.to(r.dtype))
         else:
-            q = gram_transform(r, triples)
+            q = gram_transform(symmetric_product(x, x.mT), triples)
         x = _Factor(q, 0.0).times(x)
     return x
 

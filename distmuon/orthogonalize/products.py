@@ -1,9 +1,11 @@
-"""Matrix products for [m, n] and [batch, m, n], symmetric ones at about half the work on CPUs."""
+"""Matrix products for [m, n] and [batch, m, n], symmetric ones at about half the work."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from distmuon.kernels import symmetric
 
 # Rows of one panel, and the smallest matrix cut into panels: measured, docs/numerics.md.
 PANEL = 128
@@ -30,15 +32,33 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
         b: [k, m] or [batch, k, m].
 
     Returns:
-        A new [m, m] or [batch, m, m], exactly symmetric where it was cut into panels, otherwise
-        up to rounding.
+        A new [m, m] or [batch, m, m], exactly symmetric where it was cut into panels or a kernel
+        computed it, otherwise up to rounding.
     """
+    if symmetric.takes(a):
+        return symmetric.sym_gemm(a, b)
     if not _cut(a):
         return product(a, b)
     out = a.new_empty(a.size(0), a.size(0))
     for start, stop in _panels(a.size(0)):
         torch.mm(a[start:stop], b[:, :stop], out=out[start:stop, :stop])
     return _mirror_(out)
+
+
+def gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix x @ x.mT and its Frobenius norm, from one pass where a kernel has both.
+
+    Args:
+        x: [m, n] or [batch, m, n].
+
+    Returns:
+        [..., m, m], and [..., 1, 1] accumulated in at least float32.
+    """
+    if symmetric.takes(x):
+        return symmetric.sym_gemm_norm(x, x.mT)
+    r = symmetric_product(x, x.mT)
+    wide = torch.promote_types(r.dtype, torch.float32)
+    return r, torch.linalg.vector_norm(r, dim=(-2, -1), keepdim=True, dtype=wide)
 
 
 def symmetric_product_add(
@@ -56,6 +76,8 @@ def symmetric_product_add(
     Returns:
         A new tensor, symmetric like that of `symmetric_product`.
     """
+    if symmetric.takes(a):
+        return symmetric.sym_gemm(a, b, y, alpha=alpha, beta=beta)
     if not _cut(a):
         return product_add(y, a, b, beta=beta, alpha=alpha)
     out = torch.empty_like(y)

@@ -1,0 +1,174 @@
+"""The symmetric product as a Triton kernel. Imports Triton: see `distmuon.kernels.symmetric`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distmuon.kernels.tiles import Tile
+
+
+@triton.jit
+def _place(pid, ACROSS: tl.constexpr):
+    """Row and column of a tile, counted along the rows: row i has (i + 1) * ACROSS of them."""
+    group = pid // ACROSS
+    row = ((tl.sqrt(8.0 * group.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The root is rounded: one too few or too many is put right in integers.
+    row = tl.where((row + 1) * (row + 2) // 2 <= group, row + 1, row)
+    row = tl.where(row * (row + 1) // 2 > group, row - 1, row)
+    return row, (group - row * (row + 1) // 2) * ACROSS + pid % ACROSS
+
+
+@triton.jit
+def _store(value, base, rows, cols, m, stride, below_diagonal, MASK_M: tl.constexpr):
+    """Write the lower part of a tile and its mirror; the sum of the squares of what was written.
+
+    What lies above the diagonal is dropped, so the result is symmetric to the last bit. The masks
+    of tiles across the diagonal differ from element to element and forbid wide stores, those of
+    the others do not: hence two branches.
+    """
+    out = value.to(base.dtype.element_ty)
+    lower = base + rows[:, None] * stride + cols[None, :]
+    upper = base + cols[:, None] * stride + rows[None, :]
+    edge = (rows < m)[:, None] & (cols < m)[None, :]
+    square = value * value
+    if below_diagonal:
+        total = 2.0 * tl.sum(tl.sum(square, axis=1), axis=0)
+        if MASK_M:
+            tl.store(lower, out, mask=edge)
+            tl.store(upper, tl.trans(out), mask=tl.trans(edge))
+        else:
+            tl.store(lower, out)
+            tl.store(upper, tl.trans(out))
+    else:
+        below = rows[:, None] > cols[None, :]
+        weight = tl.where(below, 2.0, tl.where(rows[:, None] == cols[None, :], 1.0, 0.0))
+        total = tl.sum(tl.sum(square * weight, axis=1), axis=0)
+        tl.store(lower, out, mask=edge & (rows[:, None] >= cols[None, :]))
+        tl.store(upper, tl.trans(out), mask=tl.trans(edge & below))
+    return total
+
+
+@triton.jit
+def _symmetric_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    alpha_ptr,
+    beta_ptr,
+    square_ptr,
+    m,
+    k,
+    a_batch,
+    a_row,
+    a_col,
+    b_batch,
+    b_row,
+    b_col,
+    c_batch,
+    c_row,
+    c_col,
+    out_batch,
+    out_row,
+    HAS_C: tl.constexpr,
+    HAS_SQUARE: tl.constexpr,
+    MASK_M: tl.constexpr,
+    MASK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One tile [ROWS, COLS] of the lower triangle of alpha * a @ b + beta * c, and its mirror."""
+    pid = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    row, col = _place(pid, ROWS // COLS)
+    rows = row * ROWS + tl.arange(0, ROWS)
+    cols = col * COLS + tl.arange(0, COLS)
+    depth = tl.arange(0, DEPTH)
+    a_tile = a_ptr + batch * a_batch + rows[:, None] * a_row + depth[None, :] * a_col
+    b_tile = b_ptr + batch * b_batch + depth[:, None] * b_row + cols[None, :] * b_col
+    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    # Tiles beyond the matrix's edge, at most one row of tiles has them, have nothing to sum.
+    for start in range(0, tl.where(col * COLS < m, k, 0), DEPTH):
+        if MASK_M or MASK_K:
+            inside = depth < k - start
+            a = tl.load(a_tile, mask=(rows < m)[:, None] & inside[None, :], other=0.0)
+            b = tl.load(b_tile, mask=inside[:, None] & (cols < m)[None, :], other=0.0)
+        else:
+            a = tl.load(a_tile)
+            b = tl.load(b_tile)
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc)
+        a_tile += DEPTH * a_col
+        b_tile += DEPTH * b_row
+
+    value = acc * tl.load(alpha_ptr + batch)
+    if HAS_C:
+        c_tile = c_ptr + batch * c_batch + rows[:, None] * c_row + cols[None, :] * c_col
+        edge = (rows < m)[:, None] & (cols < m)[None, :]
+        c = tl.load(c_tile, mask=edge, other=0.0) if MASK_M else tl.load(c_tile)
+        value += c.to(tl.float32) * tl.load(beta_ptr + batch)
+    base = out_ptr + batch * out_batch
+    total = _store(value, base, rows, cols, m, out_row, (col + 1) * COLS <= row * ROWS, MASK_M)
+    if HAS_SQUARE:
+        tl.store(square_ptr + batch * tl.num_programs(0) + pid, total)
+
+
+def launch(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    out: Tensor,
+    *,
+    alpha: Tensor,
+    beta: Tensor,
+    square: Tensor | None,
+    tile: Tile,
+) -> None:
+    """Run the kernel.
+
+    Args:
+        a: [batch, m, k], float16 or bfloat16, any strides.
+        b: [batch, k, m], likewise; a @ b is symmetric.
+        c: [batch, m, m], symmetric, or None. Only its lower triangle is read.
+        out: [batch, m, m], rows contiguous; every element is written.
+        alpha: [batch] float32, on the device.
+        beta: [batch] float32, on the device; not read without `c`.
+        square: [batch, tile.count(m)] float32 or None; receives the sum of the squares of what each
+            tile, mirrored, writes, before it is rounded.
+        tile: Shape of the tiles.
+    """
+    batch, m, k = a.shape
+    addend, squares = (out if c is None else c), (alpha if square is None else square)
+    _symmetric_kernel[tile.count(m), batch](
+        a,
+        b,
+        addend,
+        out,
+        alpha,
+        beta,
+        squares,
+        m,
+        k,
+        *a.stride(),
+        *b.stride(),
+        *addend.stride(),
+        *out.stride()[:2],
+        HAS_C=c is not None,
+        HAS_SQUARE=square is not None,
+        MASK_M=m % tile.rows != 0,
+        MASK_K=k % tile.depth != 0,
+        # The interpreter keeps bfloat16 as 16-bit integers and would multiply those.
+        WIDEN=a.device.type == "cpu" and a.dtype == torch.bfloat16,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

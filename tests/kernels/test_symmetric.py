@@ -1,0 +1,67 @@
+"""What decides about kernels, where there is none: no Triton, no GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from distmuon.kernels import symmetric
+from distmuon.kernels.symmetric import sym_gemm, sym_gemm_norm, symmetric_backend
+from distmuon.kernels.tiles import TILES, Tile
+
+
+def test_a_cpu_never_imports_triton() -> None:
+    script = (
+        "import sys, torch, distmuon; from distmuon.orthogonalize import orthogonalize\n"
+        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
+        "    orthogonalize(torch.randn(8, 16), dtype=dtype)\n"
+        "sys.exit('distmuon.kernels.symmetric_triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_torch_form_computes_the_same(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 9, 14).to(dtype)
+    c = (x @ x.mT) / 3
+    alpha, beta = torch.tensor([0.5, -2.0]), torch.tensor([1.5, 0.25])
+    exact = x.double() @ x.double().mT * alpha.double()[:, None, None]
+    exact += c.double() * beta.double()[:, None, None]
+    with symmetric_backend("torch"):
+        close = {"rtol": 0.02, "atol": 0.2}
+        torch.testing.assert_close(
+            sym_gemm(x, x.mT, c, alpha=alpha, beta=beta).double(), exact, **close
+        )
+        one = sym_gemm(x[0], x[0].mT, c[0], alpha=0.5, beta=1.5).double()
+        torch.testing.assert_close(one, exact[0], **close)
+        product, norm = sym_gemm_norm(x[0], x[0].mT)
+    torch.testing.assert_close(norm.squeeze(), product.float().norm())
+
+
+def test_backends_are_chosen_by_name_and_for_a_while() -> None:
+    half = torch.zeros(4, 4).half()
+    assert not symmetric.takes(half)
+    with symmetric_backend("torch"):
+        assert symmetric.takes(half)
+        assert not symmetric.takes(half.float())
+    assert not symmetric.takes(half)
+    with pytest.raises(ValueError, match="Unknown backend='cublas'"), symmetric_backend("cublas"):
+        pass
+
+
+def test_quack_is_asked_for_only_by_who_has_it() -> None:
+    with pytest.raises(ModuleNotFoundError, match="pip install quack-kernels"):
+        with symmetric_backend("quack"):
+            pass
+
+
+def test_tiles_cover_the_triangle() -> None:
+    for _, tile in TILES:
+        assert tile.rows % tile.cols == 0
+    for m in (1, 63, 64, 65, 300):
+        tile = Tile(64, 32, 16, 4, 2)
+        needed = {(r // 64, c // 32) for r in range(m) for c in range(r + 1)}
+        assert len(needed) <= tile.count(m) <= len(needed) + 1
