@@ -2,13 +2,13 @@
 
 While wave k is being orthogonalized, wave k+1 is on its way in and wave k-1 on its way back; the
 matrices that need no message are done while the first wave arrives. The overlap is one generator
-in straight-line code: what stands after a `yield` runs when the caller has finished that matrix.
+in straight-line code: what stands after a `yield` runs when the caller has finished those matrices.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from distmuon.collectives import Communicator, Pending
 from distmuon.failure import Topic
 from distmuon.layout import Segment
+from distmuon.orthogonalize.api import stack_numel
 from distmuon.plan import ExchangePlan, Transfer, Wave, peer_counts
 
 
@@ -51,28 +52,27 @@ class Exchange:
         self._scatters = [Topic("scatter", index, which) for index, which in enumerate(names)]
         self._incoming: Tensor | None = None
 
-    def gather(self, update: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Bring together the matrices this rank owns, one after the other.
+    def gather(self, update: Tensor) -> Iterator[list[tuple[int, Tensor]]]:
+        """Bring together the matrices this rank owns, those of one shape and group side by side.
 
         Args:
             update: [shard_numel], this rank's pieces of everything that is to be orthogonalized.
                 When the iteration ends, it holds the scattered results.
 
         Yields:
-            The tensor's index in the layout and its whole value [..., m, n]. Not to be written to:
-            it may be a view of `update`.
+            Tensors' indices in the layout and their whole values [..., m, n], all of one shape: one
+            on CPUs, as many as may be orthogonalized as one stack elsewhere. Not to be written to:
+            they may be views of `update`.
         """
         waves = self._plan.waves
         arriving = self._fetch(0, update) if waves else None
-        for tensor in self._plan.local:
-            yield tensor, self._assemble(tensor, update)
+        yield from self._assemble_alike(self._plan.local, self._plan.batches, update)
         returning: tuple[Wave, Pending] | None = None
         for index, wave in enumerate(waves):
             assert arriving is not None, "fetched in the round before"
             self._incoming = arriving.wait()
             arriving = self._fetch(index + 1, update) if index + 1 < len(waves) else None
-            for tensor in wave.tensors:
-                yield tensor, self._assemble(tensor, update)
+            yield from self._assemble_alike(wave.tensors, wave.batches, update)
             if returning is not None:
                 self._deliver(*returning, update)
             returning = wave, self._return(index, self._incoming)
@@ -81,7 +81,7 @@ class Exchange:
         self._incoming = None
 
     def scatter(self, tensor: int, value: Tensor, *, out: Tensor) -> None:
-        """Put the update of the matrix that `gather` yielded last where its pieces belong.
+        """Put the update of a matrix that `gather` yielded last where its pieces belong.
 
         Args:
             tensor: Index in the layout.
@@ -115,6 +115,20 @@ class Exchange:
         for sent in wave.outgoing:
             piece = received[sent.buffer_start :][: sent.segment.numel]
             out[sent.segment.shard_start :][: sent.segment.numel].copy_(piece)
+
+    def _assemble_alike(
+        self, tensors: Sequence[int], batches: Sequence[Sequence[int]], update: Tensor
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        most = stack_numel(update.device)
+        if not most:
+            # A batched product may give other bits than single ones, and which matrices share a
+            # rank depends on the number of ranks.
+            batches = [(tensor,) for tensor in tensors]
+        specs = self._plan.ownership.layout.specs
+        for batch in batches:
+            count = max(1, most // specs[batch[0]].numel)
+            for start in range(0, len(batch), count):
+                yield [(t, self._assemble(t, update)) for t in batch[start : start + count]]
 
     def _assemble(self, tensor: int, update: Tensor) -> Tensor:
         spec = self._plan.ownership.layout.specs[tensor]

@@ -39,11 +39,13 @@ class Wave:
         tensors: Matrices of this round that this rank orthogonalizes, by index in the layout.
         outgoing: Pieces held here and owned elsewhere, packed by (peer, tensor, offset).
         incoming: Pieces owned here and held elsewhere, packed by (peer, tensor, offset).
+        batches: `tensors` by shape and parameter group.
     """
 
     tensors: tuple[int, ...]
     outgoing: tuple[Transfer, ...]
     incoming: tuple[Transfer, ...]
+    batches: tuple[tuple[int, ...], ...]
 
     @property
     def outgoing_numel(self) -> int:
@@ -133,17 +135,22 @@ def build_plan(
         wave = rounds[segment.tensor]
         if owners[segment.tensor] != rank and wave is not None:
             sends[wave].append((owners[segment.tensor], segment))
+
+    def alike(indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        found: defaultdict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        for index in indices:
+            group = groups[ownership.members[index]] if groups else 0
+            found[layout.specs[index].shape, group].append(index)
+        return tuple(map(tuple, found.values()))
+
     waves = tuple(
-        Wave(tuple(matrices[wave]), _pack(sends[wave]), _pack(receives[wave]))
+        Wave(
+            tuple(matrices[wave]), _pack(sends[wave]), _pack(receives[wave]), alike(matrices[wave])
+        )
         for wave in range(1 + max((r for r in rounds if r is not None), default=-1))
     )
-    batches: defaultdict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
-    for index in local:
-        group = groups[ownership.members[index]] if groups else 0
-        batches[layout.specs[index].shape, group].append(index)
-    alike = tuple(map(tuple, batches.values()))
     split = build_split_plan(layout, ownership.splits, rank, wave_numel=wave_numel)
-    return ExchangePlan(ownership, rank, segments, tuple(local), alike, waves, split)
+    return ExchangePlan(ownership, rank, segments, tuple(local), alike(local), waves, split)
 
 
 def peer_counts(transfers: Iterable[Transfer], world_size: int) -> list[int]:

@@ -83,16 +83,9 @@ def muon_step(
             )
     bucket.split.begin(update)
     done: set[int] = set()
-    for tensor, matrix in exchange.gather(update):
-        member = ownership.members[tensor]
-        if present[member]:
-            try:
-                with clock("newton-schulz"):
-                    value = _orthogonal_update(matrix, options[bucket.spec.groups[member]])
-            except Exception as error:
-                name = ownership.layout.specs[tensor].name
-                error.add_note(f"while orthogonalizing {name} {list(matrix.shape)}")
-                raise
+    for batch in exchange.gather(update):
+        active = [pair for pair in batch if present[ownership.members[pair[0]]]]
+        for tensor, value in _orthogonal_updates(bucket, active, options, clock):
             probe.look(tensor, value)
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
@@ -155,16 +148,34 @@ def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
     ]
 
 
-def _orthogonal_update(matrix: Tensor, options: GroupOptions) -> Tensor:
-    """Polar factor of a momentum [..., m, n], scaled for its shape."""
-    polar = orthogonalize(
-        matrix,
-        coefficients=options.ns_coefficients,
-        steps=options.ns_steps,
-        dtype=_dtype(options),
-    )
-    rows, cols = matrix.shape[-2:]
-    return polar.mul_(update_rules.adjust_lr_factor(options.adjust_lr_fn, rows, cols))
+def _orthogonal_updates(
+    bucket: Bucket[Range],
+    batch: Sequence[tuple[int, Tensor]],
+    options: Sequence[GroupOptions],
+    clock: PhaseClock,
+) -> list[tuple[int, Tensor]]:
+    """Polar factors of gathered momenta [..., m, n] of one shape and group, scaled for it."""
+    ownership = bucket.spec.ownership
+    assert ownership is not None, "a Muon bucket has owners"
+    if not batch:
+        return []
+    tensors, matrices = zip(*batch, strict=True)
+    chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
+    rows, cols = matrices[0].shape[-2:]
+    try:
+        with clock("newton-schulz"):
+            polar = orthogonalize(
+                matrices[0] if len(batch) == 1 else torch.stack(matrices),
+                coefficients=chosen.ns_coefficients,
+                steps=chosen.ns_steps,
+                dtype=_dtype(chosen),
+            )
+            polar.mul_(update_rules.adjust_lr_factor(chosen.adjust_lr_fn, rows, cols))
+    except Exception as error:
+        names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
+        error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape)}")
+        raise
+    return list(zip(tensors, [polar] if len(batch) == 1 else polar, strict=True))
 
 
 def _dtype(options: GroupOptions) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from distmuon.errors import see
 from distmuon.orthogonalize import exact, halley, newton_schulz, policy, stability
 from distmuon.orthogonalize.coefficients import Coefficients
-from distmuon.orthogonalize.guards import is_finite, largest_entry, prescale
+from distmuon.orthogonalize.guards import is_finite, largest_entry, nonzero, power_of_two, prescale
 from distmuon.orthogonalize.policy import Method
 from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule
 
@@ -21,6 +21,9 @@ _INPUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Below this many entries a matrix costs less than the calls it takes, and a CPU gains from
 # batched products; above, it loses the cache: measured, docs/numerics.md.
 _BATCHED_ENTRIES = 64 * 128
+# Entries that go through batched products at once elsewhere. It bounds the memory they take, about
+# 16 bytes each, and fills a GPU many times over.
+_STACKED_ENTRIES = 2**27
 # Frobenius norm of a float16 operand: its Gram matrix, of trace 64**2, stays inside the range.
 _FLOAT16_NORM = 64.0
 
@@ -143,11 +146,23 @@ def _each(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     if count == 1:
         update, finite = _one(x[0], plan)
         return update[None], finite[None]
-    if x.device.type != "cpu" or m * n <= _BATCHED_ENTRIES:
+    stacked = stack_numel(x.device) // (m * n)
+    if count <= stacked or (x.device.type == "cpu" and m * n <= _BATCHED_ENTRIES):
         return _one(x, plan)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flags = [_one_into(out[i], x[i], plan) for i in range(count)]
-    return out, torch.stack(flags)
+    if stacked > 1:
+        slices = [slice(start, start + stacked) for start in range(0, count, stacked)]
+        return out, torch.cat([_one_into(out[some], x[some], plan) for some in slices])
+    return out, torch.stack([_one_into(out[i], x[i], plan) for i in range(count)])
+
+
+def stack_numel(device: torch.device) -> int:
+    """Entries of equal matrices that are worth one call: 0 on CPUs, where single ones are faster.
+
+    Args:
+        device: Where they are.
+    """
+    return 0 if device.type == "cpu" else _STACKED_ENTRIES
 
 
 def _one_into(out: Tensor, x: Tensor, plan: _Plan) -> Tensor:
@@ -187,8 +202,11 @@ def _iterate(wide: Tensor, plan: _Plan) -> Tensor:
         method = policy.choose_form(wide, plan.schedule, precision)
     if plan.dtype == torch.float16:
         norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-        wide = prescale(wide, norm).mul_(_FLOAT16_NORM)
-    work = wide.to(plan.dtype)
+        # A power of two, and one pass: what is rounded is rounded once, to float16.
+        work = torch.empty_like(wide, dtype=plan.dtype)
+        torch.mul(wide, power_of_two(nonzero(norm)).mul_(_FLOAT16_NORM), out=work)
+    else:
+        work = wide.to(plan.dtype)
     if method == "gram":
         return newton_schulz.on_gram(
             work, plan.schedule, stability.windows(plan.schedule, precision)

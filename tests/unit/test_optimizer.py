@@ -433,7 +433,9 @@ def test_i4_a_matrix_that_was_not_orthogonalized_raises(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         Exchange,
         "gather",
-        lambda self, update: (m for m in whole(self, update) if m[1].shape != (6, 6)),
+        lambda self, update: (
+            [m for m in batch if m[1].shape != (6, 6)] for batch in whole(self, update)
+        ),
     )
     before = lost.detach().clone()
     with pytest.raises(RuntimeError, match=r"1 of 2 owned .* missing \['lost'\]"):
