@@ -1,7 +1,7 @@
 """The elementwise halves of Muon and AdamW, on any contiguous piece of a flat buffer.
 
 Every function here gives the same bits for an element wherever the piece starts and ends, which is
-what lets a sharded optimizer equal the one-process optimizer bitwise.
+what lets a sharded optimizer equal the one-process optimizer bitwise. On GPUs each is one kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from distmuon.errors import see
+from distmuon.kernels import elementwise
 
 AdjustLrMode = Literal["match_rms_adamw", "max_dim", "original", "mup", "none"]
 AdjustLrFn = AdjustLrMode | Callable[[int, int], float]
@@ -94,6 +95,9 @@ def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nestero
     Source: torch.optim.Muon's convention (an average; Keller Jordan's early code keeps a sum,
     which is the same buffer divided by `1 - momentum`, and orthogonalization ignores scale).
     """
+    if elementwise.takes(grad, momentum_buffer):
+        elementwise.momentum_(grad, momentum_buffer, momentum=momentum, nesterov=nesterov)
+        return
     momentum_buffer.lerp_(grad, 1 - momentum)
     if nesterov:
         grad.lerp_(momentum_buffer, momentum)
@@ -137,6 +141,9 @@ def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> 
 
     Source: Loshchilov and Hutter, arXiv 1711.05101; Moonlight, arXiv 2502.16982, equation 4.
     """
+    if elementwise.takes(param, update):
+        elementwise.apply_(param, update, lr=lr, weight_decay=weight_decay)
+        return
     param.mul_(1 - lr * weight_decay)
     param.add_(update, alpha=-lr)
 
@@ -168,6 +175,12 @@ def adamw_(  # noqa: PLR0913 - two moments and torch.optim.AdamW's hyperparamete
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, in the operation order of torch.optim.AdamW.
     """
+    tensors = param, grad, exp_avg, exp_avg_sq
+    if elementwise.takes(*tensors):
+        elementwise.adamw_(
+            tensors, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+        return
     beta1, beta2 = betas
     param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)

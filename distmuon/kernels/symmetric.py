@@ -96,6 +96,18 @@ def triton_is_installed() -> bool:
     return True
 
 
+@cache
+def triton_is_usable(device: torch.device) -> bool:
+    """Whether Triton's kernels may be tried on a device: an Nvidia GPU from Ampere on.
+
+    Args:
+        device: Any device.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _OLDEST_CAPABILITY and triton_is_installed()
+
+
 def takes(a: Tensor) -> bool:
     """Whether products with a left operand like this should come here.
 
@@ -222,7 +234,7 @@ def _choose(a: Tensor, b: Tensor, c: Tensor | None, *, squares: bool) -> Backend
     m, k = a.shape[1:]
     if wanted == "torch" or a.dtype not in _DTYPES:
         return "torch"
-    if wanted == "auto" and (m < SMALLEST or not _able(a.device)):
+    if wanted == "auto" and (m < SMALLEST or not triton_is_usable(a.device)):
         return "torch"
     operands = [a, b] if c is None else [a, b, c]
     # Otherwise the kernel could not copy 16 bytes at a time.
@@ -251,13 +263,6 @@ def _choose(a: Tensor, b: Tensor, c: Tensor | None, *, squares: bool) -> Backend
             return "torch"  # the check waits for the device, which a graph cannot
         _trusted[key] = _check(key)
     return kernel if _trusted[key] else "torch"
-
-
-@cache
-def _able(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _OLDEST_CAPABILITY and triton_is_installed()
 
 
 def _check(key: _Class) -> bool:

@@ -1,0 +1,144 @@
+"""Whether the elementwise update rules go through one fused kernel each.
+
+Like the symmetric products, a kernel is used on a GPU once it has been seen to compute right there.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from distmuon.kernels.symmetric import triton_is_usable
+
+_trusted: dict[torch.device, bool] = {}
+_COUNT = 5000
+_TOLERANCE = 1e-5
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether tensors may be updated by the fused kernels.
+
+    Args:
+        tensors: All that a rule reads and writes, of one device.
+    """
+    device = tensors[0].device
+    if device.type == "cpu" or not triton_is_usable(device):
+        return False
+    if not all(t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in tensors):
+        return False
+    if device not in _trusted:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # the check waits for the device, which a graph cannot
+        _trusted[device] = _check(device)
+    return _trusted[device]
+
+
+def momentum_(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) -> None:
+    """`update_rules.momentum_`, fused. For tensors that `takes` accepts.
+
+    Args:
+        grad: Overwritten with the update.
+        buffer: Updated in place.
+        momentum: Decay of the average.
+        nesterov: Whether to look ahead.
+    """
+    from distmuon.kernels.elementwise_triton import launch_momentum
+
+    launch_momentum(grad, buffer, momentum=momentum, nesterov=nesterov)
+
+
+def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
+    """`update_rules.apply_`, fused. For tensors that `takes` accepts.
+
+    Args:
+        param: Updated in place.
+        update: The scaled update.
+        lr: Learning rate.
+        weight_decay: Decay per unit of lr.
+    """
+    from distmuon.kernels.elementwise_triton import launch_apply
+
+    launch_apply(param, update, lr=lr, weight_decay=weight_decay)
+
+
+def adamw_(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`update_rules.adamw_`, fused. For tensors that `takes` accepts.
+
+    Args:
+        tensors: Parameter, gradient, first and second moment.
+        step: Number of this step, from 1.
+        lr: Learning rate.
+        betas: Decay of the moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decay per unit of lr.
+    """
+    from distmuon.kernels.elementwise_triton import launch_adamw
+
+    launch_adamw(
+        tensors,
+        keep=1 - lr * weight_decay,
+        betas=betas,
+        root=math.sqrt(1 - betas[1] ** step),
+        eps=eps,
+        rate=lr / (1 - betas[0] ** step),
+    )
+
+
+def _check(device: torch.device) -> bool:
+    """Whether all three compute right on this device; warns if not."""
+    try:
+        error = self_check(device)
+    except Exception as problem:
+        # Whatever a compiler or a driver raises: torch's own operations do the same.
+        text = f"raised {type(problem).__name__}: {problem}"
+    else:
+        if error <= _TOLERANCE:
+            return True
+        text = f"are off by {error:.2g}"
+    warnings.warn(
+        f"distmuon's fused elementwise kernels {text} on {device}; torch's operations are used "
+        "there, slower and right.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def self_check(device: torch.device) -> float:
+    """Largest error of the kernels against float64 on random numbers of size 1.
+
+    Args:
+        device: Where to run them.
+
+    Returns:
+        The error; infinite if anything is NaN.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    p, g, m, v = torch.randn(4, _COUNT, generator=generator, device=device)
+    v = v.abs()
+    p64, g64, m64, v64 = (x.double() for x in (p, g, m, v))
+    errors = []
+    adamw_((p, g, m, v), step=3, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
+    m64, v64 = 0.9 * m64 + 0.1 * g64, 0.95 * v64 + 0.05 * g64**2
+    p64 = p64 * 0.95 - 0.1 / (1 - 0.9**3) * m64 / ((v64 / (1 - 0.95**3)).sqrt() + 1e-8)
+    # Where the second moment is small the quotient is large.
+    errors += [(p - p64) / p64.abs().clamp(min=1), m - m64, v - v64]
+    for momentum in (0.3, 0.95):
+        momentum_(g, m, momentum=momentum, nesterov=True)
+        m64 = momentum * m64 + (1 - momentum) * g64
+        g64 = momentum * m64 + (1 - momentum) * g64
+        errors += [g - g64, m - m64]
+    apply_(p, g, lr=0.1, weight_decay=0.5)
+    errors.append((p - (p64 * 0.95 - 0.1 * g64)) / p64.abs().clamp(min=1))
+    return float(torch.stack(errors).abs().max().nan_to_num(torch.inf))

@@ -1,0 +1,88 @@
+"""The fused update rules against torch's operations, and the check that guards them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from distmuon import update_rules
+from distmuon.kernels import elementwise, elementwise_triton
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def poisoned(count: int) -> tuple[Tensor, Tensor]:
+    """Random numbers between NaNs: the whole memory, and the piece in the middle."""
+    memory = torch.full((count + 20,), torch.nan)
+    piece = memory[7 : 7 + count]
+    piece.copy_(torch.randn(count))
+    return memory, piece
+
+
+def assert_only(memory: Tensor, count: int) -> None:
+    assert memory[:7].isnan().all()
+    assert memory[7 + count :].isnan().all()
+    assert not memory[7 : 7 + count].isnan().any()
+
+
+@pytest.mark.parametrize("count", [1, 17, 2048, 5001])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.4, 0.95])
+def test_momentum(count: int, nesterov: bool, momentum: float) -> None:
+    memory, grad = poisoned(count)
+    buffer_memory, buffer = poisoned(count)
+    expected_grad, expected = grad.clone(), buffer.clone()
+    update_rules.momentum_(expected_grad, expected, momentum=momentum, nesterov=nesterov)
+    elementwise.momentum_(grad, buffer, momentum=momentum, nesterov=nesterov)
+    torch.testing.assert_close(buffer, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-6)
+    assert_only(memory, count)
+    assert_only(buffer_memory, count)
+
+
+@pytest.mark.parametrize("count", [1, 2047, 5001])
+def test_apply(count: int) -> None:
+    memory, param = poisoned(count)
+    update, expected = torch.randn(count), param.clone()
+    update_rules.apply_(expected, update, lr=0.1, weight_decay=0.3)
+    elementwise.apply_(param, update, lr=0.1, weight_decay=0.3)
+    torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-6)
+    assert_only(memory, count)
+
+
+@pytest.mark.parametrize("count", [1, 2049])
+def test_adamw(count: int) -> None:
+    memories, (p, g, m, v) = zip(*(poisoned(count) for _ in range(4)), strict=True)
+    v.abs_()
+    expected = [x.clone() for x in (p, g, m, v)]
+    rates = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    for step in (1, 2):
+        update_rules.adamw_(*expected, step=step, **rates)
+        elementwise.adamw_((p, g, m, v), step=step, **rates)
+    for actual, wanted in zip((p, g, m, v), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-6, atol=2e-6)
+    for memory in memories:
+        assert_only(memory, count)
+
+
+def test_the_check_knows_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert elementwise.self_check(CPU) < 1e-5
+    assert elementwise._check(CPU)
+
+    def forgets_decay(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
+        param.sub_(update, alpha=lr)
+
+    monkeypatch.setattr(elementwise_triton, "launch_apply", forgets_decay)
+    with pytest.warns(RuntimeWarning, match="are off by"):
+        assert not elementwise._check(CPU)
+    monkeypatch.delattr(elementwise_triton, "launch_apply")
+    with pytest.warns(RuntimeWarning, match="raised ImportError"):
+        assert not elementwise._check(CPU)
