@@ -4,13 +4,16 @@
 #   make train ARGS="optimizer.lr=0.01 train.steps=50"
 #   make test ARGS="-k harness"    JOBS=0 runs the tests in one process, as a debugger wants it
 #   make train PIP_ARGS="..."      extra pip options, for instance an index with CPU-only PyTorch
+#   make gpu GPU_PYTHON=...        the Python whose PyTorch sees the GPU
 #   make train PYTHON=python3.13   the Python to build the environment with
 
 VENV ?= .venv
 NPROC ?= 2
 JOBS ?= 2
 ARGS ?=
+GPU_PYTHON ?= python3
 PIP_ARGS ?=
+GPU_PYTHON ?= python3
 # The first Python on the path that is new enough; looked up only while $(VENV) is being made.
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -23,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all lint format types docs-test clean
+.PHONY: help train test test-all gpu lint format types docs-test clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +43,11 @@ test-all: $(VENV)/.dev $(VENV)/.data ## run every test
 
 docs-test: $(VENV)/.dev ## run every code block of the documentation
 	$(BIN)/python -m pytest tests/docs $(ARGS)
+
+# No environment of its own: PyTorch there is built for that machine's driver, and often there is no
+# way out to a package index.
+gpu: ## check and measure the kernels on this machine's GPU, in $(GPU_PYTHON)'s own PyTorch, under 8 minutes
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -21,6 +21,26 @@ from distmuon.plan import digest
 _AVERAGED_RTOL = 1e-3
 
 
+def check_backend(communicator: Communicator, device: torch.device) -> None:
+    """Refuse to send the tensors of a device by a backend that cannot.
+
+    Args:
+        communicator: The group.
+        device: Where the flat buffers lie.
+
+    Raises:
+        ValueError: for gloo and a device other than the CPU: it has no all-to-all there.
+    """
+    if communicator.world_size == 1 or device.type == "cpu":
+        return
+    if communicator.backend(device) == "gloo":
+        raise ValueError(
+            f"The parameters are on {device.type}, and the process group sends from there with "
+            'gloo, which lacks the all-to-all. Use init_process_group("nccl") or '
+            '"cpu:gloo,cuda:nccl", or keep the parameters on the CPU.'
+        )
+
+
 def check_same_setup(communicator: Communicator, lines: Sequence[str]) -> None:
     """Compare a digest of the plan over the ranks.
 

@@ -204,6 +204,11 @@ class Communicator:
         gloo = dist.get_backend(self._group) == "gloo"
         return [r for r in range(self.world_size) if gloo and r != self.rank]
 
+    def backend(self, device: torch.device) -> str:
+        """Name of the backend that sends tensors of such a device; empty if there is none."""
+        known = dist.get_backend_config(self._group).split(",")
+        return dict(entry.split(":") for entry in known).get(device.type, "")
+
     def same_ranks(self, process_group: dist.ProcessGroup) -> bool:
         """Whether another group consists of the same ranks."""
         mine, other = (dist.get_process_group_ranks(g) for g in (self._group, process_group))
@@ -258,8 +263,7 @@ class Communicator:
             return Pending(self, topic, flat, [])
         shards = flat.view(self.world_size, -1)
         mine = shards[self.rank]
-        sent = mine.numel() * flat.element_size() * (self.world_size - 1)
-        self.bytes_sent[topic.phase] += sent
+        self.bytes_sent[topic.phase] += mine.numel() * flat.element_size() * (self.world_size - 1)
         with self.guarded(topic):
             if dist.get_backend(self._group) == "gloo":
                 return Pending(self, topic, flat, self._send_to_all(shards))

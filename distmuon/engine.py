@@ -72,6 +72,7 @@ class Engine:
         with communicator.during(Topic("setup")):
             agreement.check_same_setup(communicator, _describe(specs, groups, policy, clip))
         refuse_shared_storage(specs)
+        agreement.check_backend(communicator, specs[0].parameters[0].device)
         self._clipper = Clipper(clip, [spec.layout for spec in specs], communicator)
         self._communicator = communicator
         self._policy = policy
@@ -225,7 +226,9 @@ class Engine:
                 check_splits(bucket, options)
             with self.clock("read"):
                 updates = self.source.read()
-                rows = zip(self.buckets, updates, strict=True)
+                # Looking waits for the device.
+                looked = updates if self._policy.nonfinite != "propagate" else []
+                rows = zip(self.buckets, looked, strict=False)
                 found = (bucket.shard.first_nonfinite(update) for bucket, update in rows)
                 nonfinite = next((name for name in found if name is not None), None)
         except RankFailure:

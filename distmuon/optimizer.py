@@ -107,8 +107,8 @@ class Muon(torch.optim.Optimizer):
             reduce: Who averages the gradients over the ranks. "ddp": someone already has, as
                 DistributedDataParallel does. "hook": a DDP hook sends each rank only its range
                 (call `attach(ddp_model)`). "owned": no DDP, own hooks (call `attach(model)`).
-            nonfinite: What a NaN or infinity in any rank's gradient does: "raise" on every rank,
-                or "skip" the step on every rank. Nothing has been changed in either case.
+            nonfinite: What a NaN or infinity in any rank's gradient does: "raise" or "skip" the
+                step on every rank, nothing changed; or "propagate": nobody looks (docs/gpu.md).
             max_skips: How many steps in a row may be skipped before it raises.
             missing_grad: Of some ranks: "raise", or "zero" there (with reduce="owned").
             wave_bytes: Bytes of momentum that one rank fetches at a time; bounds the buffers.

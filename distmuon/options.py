@@ -20,7 +20,7 @@ from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 Algorithm = Literal["muon", "adamw"]
 ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
 Reduce = Literal["ddp", "hook", "owned"]
-NonFinite = Literal["raise", "skip"]
+NonFinite = Literal["raise", "skip", "propagate"]
 MissingGrad = Literal["raise", "zero"]
 StateDictKind = Literal["whole", "sharded"]
 NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -81,7 +81,8 @@ class Policy:
 
     Attributes:
         reduce: Who averages the gradients: "ddp", "hook" or "owned".
-        nonfinite: What a NaN or infinity in a gradient does: "raise", or "skip" the step.
+        nonfinite: What a NaN or infinity in a gradient does: "raise", "skip" the step, or
+            "propagate" into the parameters: nobody looks, so the host need not wait for a GPU.
         max_skips: How many steps in a row may be skipped before it raises after all.
         missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the others.
         wave_bytes: Bytes of momentum that one rank fetches at a time.

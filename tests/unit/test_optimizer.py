@@ -619,3 +619,13 @@ def test_partial_or_foreign_state_is_refused_by_name(damage: str) -> None:
     _, other = fresh()
     with pytest.raises(ValueError, match="group 0 parameter 1"):
         other.load_state_dict(saved)
+
+
+def test_nobody_looks_for_nans_that_may_propagate() -> None:
+    params = parameters(*SHAPES)
+    optimizer = Muon(params, lr=0.1, nonfinite="propagate")
+    give_gradients(params, seed=1)
+    params[0].grad[0, 0] = torch.nan  # type: ignore[index]
+    optimizer.step()
+    assert bool(params[0].isnan().all())
+    assert all(bool(p.isfinite().all()) for p in params[1:])

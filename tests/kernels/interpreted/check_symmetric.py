@@ -60,7 +60,7 @@ def assert_right(out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", [SMALL, WIDE])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    "size", [(1, 1), (16, 16), (17, 5), (32, 48), (33, 70), (64, 16), (70, 33)]
+    "size", [(1, 1), (17, 5), (33, 70), (64, 16)]
 )
 def test_every_element_is_written_and_right(
     size: tuple[int, int], dtype: torch.dtype, tile: Tile

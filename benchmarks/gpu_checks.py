@@ -1,0 +1,211 @@
+"""What must hold on a GPU, as plain functions: `make gpu` calls them, and so does tests/gpu.
+
+Each raises AssertionError. They run on the CPU too, with small sizes, which is how their own logic
+is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from distmuon import Muon
+from distmuon.kernels import elementwise, symmetric
+from distmuon.kernels.symmetric import Backend, sym_gemm_norm, symmetric_backend
+from distmuon.orthogonalize import orthogonalize
+from distmuon.orthogonalize.api import stack_numel
+from distmuon.orthogonalize.coefficients import preset
+from tests.unit.orthogonalize.spectra import Known, largest_singular_value, relative_error
+
+HALF = (torch.float16, torch.bfloat16)
+# Relative errors to the exact polynomial, docs/numerics.md. bfloat16 cannot tell missing directions
+# from its own rounding of the input: there only the largest singular value is bounded.
+BOUNDS = {
+    (torch.float16, "power_law"): 1e-2,
+    (torch.float16, "condition_1e2"): 1e-2,
+    (torch.float16, "condition_1e8"): 6e-2,
+    (torch.float16, "rank_1"): 0.15,
+    (torch.float16, "rank_8"): 0.1,
+    (torch.bfloat16, "power_law"): 4e-2,
+    (torch.bfloat16, "condition_1e2"): 6e-2,
+}
+SIZES = ((1, 1), (17, 40), (129, 70), (768, 768), (1000, 3000), (1024, 4096), (2048, 1000))
+
+
+def products_are_right(device: torch.device, sizes: tuple[tuple[int, int], ...] = SIZES) -> None:
+    """Symmetric products by the kernel, any size and alignment, fully written, twice the same."""
+    backend: Backend = "triton" if device.type == "cuda" else "torch"
+    for dtype in HALF:
+        for m, k in sizes:
+            x = torch.randn(2, m, k + 3, device=device).to(dtype)
+            for a in (x[..., :k], x[..., 1 : k + 1], x[..., :k].mT.contiguous().mT):
+                with symmetric_backend(backend):
+                    product, norm = sym_gemm_norm(a, a.mT)
+                    again, _ = sym_gemm_norm(a, a.mT)
+                exact = a.double() @ a.double().mT
+                error = float((product.double() - exact).norm() / exact.norm())
+                assert error < torch.finfo(dtype).eps, (m, k, dtype, error)
+                assert torch.equal(product, again), (m, k, dtype)
+                size = exact.norm(dim=(-2, -1), keepdim=True)
+                # The kernel's norm is that of the sums before they are rounded.
+                close = 1e-3 if backend == "triton" else torch.finfo(dtype).eps
+                assert float(((norm - size) / size).abs().max()) < close, (m, k, dtype)
+                if backend == "triton":
+                    assert torch.equal(product, product.mT), (m, k, dtype)
+    distrusted = [key for key, trusted in symmetric._trusted.items() if not trusted]
+    assert not distrusted, f"kernels that failed their own check: {distrusted}"
+
+
+def update_rules_are_right(device: torch.device) -> None:
+    """The fused elementwise kernels are used, and right."""
+    if device.type == "cuda":
+        assert elementwise.takes(torch.ones(8, device=device)), "not trusted on this GPU"
+        assert elementwise.self_check(device) < 1e-5
+
+
+def bounds_hold(device: torch.device, m: int = 1024, n: int = 1536) -> None:
+    """Both half-precision forms on random, rank-deficient and badly scaled matrices."""
+    for kind in ("power_law", "condition_1e2", "condition_1e8", "rank_1", "rank_8"):
+        known = Known(m, n, kind)
+        image = known.image(preset("p5"))
+        for dtype, method in ((torch.float16, "gram"), (torch.bfloat16, "newton_schulz")):
+            for scale in (1.0, 2.0**-100, 2.0**100):
+                x = (known.matrix * scale).float().to(device)
+                update = orthogonalize(x, dtype=dtype, method=method)
+                again = orthogonalize(x, dtype=dtype, method=method)
+                assert torch.equal(update, again), (kind, dtype)
+                update = update.cpu().double()
+                assert largest_singular_value(update) < 1.03, (kind, dtype, scale)
+                assert float((update * known.matrix).sum()) > 0, (kind, dtype, scale)
+                error = relative_error(update, image)
+                assert error < BOUNDS.get((dtype, kind), torch.inf), (kind, dtype, error)
+
+
+def batches_are_loops(device: torch.device, m: int = 1024, n: int = 2048) -> None:
+    """A stack with a zero and a NaN matrix gives what single matrices give."""
+    x = torch.randn(5, m, n, device=device)
+    x[1] = 0
+    x[3, 0, 0] = torch.nan
+    whole = orthogonalize(x)
+    for i in range(len(x)):
+        torch.testing.assert_close(whole[i], orthogonalize(x[i]), rtol=0, atol=5e-3, equal_nan=True)
+    assert not whole[1].any()
+    assert bool(whole[3].isnan().all())
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Raise at whatever makes the host wait for the GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def model_and_optimizer(
+    device: torch.device, dim: int, dtype: torch.dtype
+) -> tuple[nn.Module, Muon]:
+    """A few layers of two shapes, a norm and an embedding."""
+    layers = [nn.Linear(dim, dim, bias=False) for _ in range(3)]
+    model = nn.Sequential(
+        nn.Embedding(64, dim), *layers, nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim)
+    )
+    model = model.to(device=device, dtype=dtype)
+    matrices = [p for m in model if isinstance(m, nn.Linear) for p in [m.weight]]
+    ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    groups = [{"params": matrices}, {"params": rest, "algorithm": "adamw"}]
+    return model, Muon(groups, lr=1e-3, nonfinite="propagate")
+
+
+def step_never_waits(device: torch.device, dim: int = 1024) -> None:
+    """`step()` makes no host synchronization once kernels are checked and buffers allocated."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, optimizer = model_and_optimizer(device, dim, dtype)
+        for step in range(4):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            if step < 2:
+                optimizer.step()
+                continue
+            with no_waiting(device):
+                optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def a_graph_replays_it(device: torch.device, m: int = 1024, n: int = 4096) -> None:
+    """`orthogonalize` can be captured in a CUDA graph; replays give the bits of a plain call."""
+    if device.type != "cuda":
+        return
+    x = torch.randn(4, m, n, device=device)
+    expected = orthogonalize(x)  # checks the kernels, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = orthogonalize(x)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        expected = orthogonalize(x)
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+def memory_is_bounded(device: torch.device, m: int = 2048, n: int = 4096) -> None:
+    """A large stack takes its result and a bounded workspace."""
+    if device.type != "cuda":
+        return
+    x = torch.randn(64, m, n, device=device)
+    orthogonalize(x[:1])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = orthogonalize(x)
+    peak = torch.cuda.max_memory_allocated() - before - result.numel() * 4
+    assert peak <= 24 * stack_numel(device), f"{peak / 2**30:.2f} GiB"
+
+
+CHECKS: tuple[Callable[[torch.device], None], ...] = (
+    products_are_right,
+    update_rules_are_right,
+    bounds_hold,
+    batches_are_loops,
+    step_never_waits,
+    a_graph_replays_it,
+    memory_is_bounded,
+)
+TINY: dict[str, dict[str, object]] = {
+    "products_are_right": {"sizes": ((1, 1), (17, 40))},
+    "bounds_hold": {"m": 24, "n": 40},
+    "batches_are_loops": {"m": 12, "n": 20},
+    "step_never_waits": {"dim": 16},
+}
+"""Sizes for a run on the CPU."""
+
+
+def run_check(check: Callable[..., None], device: torch.device) -> None:
+    """Call a check, with small sizes on the CPU.
+
+    Args:
+        check: One of `CHECKS`.
+        device: Where to run it.
+    """
+    check(device, **(TINY.get(check.__name__, {}) if device.type == "cpu" else {}))
+
+
+def newton_schulz_flops(m: int, n: int, count: int) -> float:
+    """FLOPs of five p5 steps with symmetric products at half: the less of both forms.
+
+    Args:
+        m: Shorter side.
+        n: Longer side.
+        count: Matrices.
+    """
+    gram = 6 * m**2 * n + 14 * m**3
+    plain = 5 * (3 * m**2 * n + m**3)
+    return float(count * min(gram, plain))

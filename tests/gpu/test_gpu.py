@@ -1,0 +1,61 @@
+"""The checks of `make gpu`: on a GPU in full size, and their own logic on the CPU in small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_checks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", gpu_checks.CHECKS, ids=lambda check: check.__name__)
+def test_on_a_gpu(check: Callable[[torch.device], None]) -> None:
+    gpu_checks.run_check(check, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("check", gpu_checks.CHECKS, ids=lambda check: check.__name__)
+def test_the_checks_run(check: Callable[[torch.device], None]) -> None:
+    gpu_checks.run_check(check, torch.device("cpu"))
+
+
+def test_flops_are_those_of_the_study() -> None:
+    # 24 x (1024 x 4096), 4096 x 11008 and 4096², in ms at 790 TFLOP/s.
+    for shape, expected in (
+        ((1024, 4096, 24), 1.24),
+        ((4096, 11008, 1), 2.62),
+        ((4096, 4096, 1), 1.74),
+    ):
+        assert gpu_checks.newton_schulz_flops(*shape) / 790e9 == pytest.approx(expected, abs=0.01)
+
+
+def test_the_benchmark_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["section"] for line in lines} == {
+        "machine", "checks", "products", "newton-schulz", "elementwise", "step",
+    }  # fmt: skip
+    assert all(line["passed"] for line in lines if line["section"] == "checks")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
