@@ -193,7 +193,8 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
     if plan is None:
         return Bucket(spec, shard, None, None, None)
     split = SplitExchange(plan, communicator, getattr(torch, policy.split_dtype))
-    return Bucket(spec, shard, plan, Exchange(plan, communicator), split)
+    wire = torch.bfloat16 if policy.wire == "bfloat16" else None
+    return Bucket(spec, shard, plan, Exchange(plan, communicator, wire=wire), split)
 
 
 def refuse_shared_storage(specs: Sequence[BucketSpec]) -> None:

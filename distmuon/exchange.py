@@ -27,14 +27,18 @@ class Exchange:
     results have arrived where they belong. A rank that owns nothing takes part in every message.
     """
 
-    def __init__(self, plan: ExchangePlan, communicator: Communicator) -> None:
+    def __init__(
+        self, plan: ExchangePlan, communicator: Communicator, *, wire: torch.dtype | None = None
+    ) -> None:
         """Prepare to run a plan.
 
         Args:
             plan: This rank's plan.
             communicator: The group it was made for.
+            wire: Dtype that pieces travel in; None for that of the update.
         """
         self._plan = plan
+        self._wire = wire
         self._communicator = communicator
         self._kept: defaultdict[int, list[Segment]] = defaultdict(list)
         for segment in plan.segments:
@@ -70,7 +74,7 @@ class Exchange:
         returning: tuple[Wave, Pending] | None = None
         for index, wave in enumerate(waves):
             assert arriving is not None, "fetched in the round before"
-            self._incoming = arriving.wait()
+            self._incoming = arriving.wait().to(update.dtype)
             arriving = self._fetch(index + 1, update) if index + 1 < len(waves) else None
             yield from self._assemble_alike(wave.tensors, wave.batches, update)
             if returning is not None:
@@ -102,13 +106,15 @@ class Exchange:
         outgoing = self._plan.waves[index].outgoing
         pieces = [update[t.segment.shard_start :][: t.segment.numel] for t in outgoing]
         send = torch.cat(pieces) if pieces else update.new_empty(0)
+        send = send.to(self._wire or send.dtype)
         to, source = self._counts[index]
         return self._communicator.exchange(send, to, source, topic=self._gathers[index])
 
     def _return(self, index: int, incoming: Tensor) -> Pending:
         # The buffer of fetched pieces serves twice: `scatter` has put their updates in their place.
         source, to = self._counts[index]
-        return self._communicator.exchange(incoming, to, source, topic=self._scatters[index])
+        send = incoming.to(self._wire or incoming.dtype)
+        return self._communicator.exchange(send, to, source, topic=self._scatters[index])
 
     def _deliver(self, wave: Wave, pending: Pending, out: Tensor) -> None:
         received = pending.wait()

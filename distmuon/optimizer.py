@@ -18,7 +18,7 @@ from distmuon.cost import CostModel
 from distmuon.engine import Engine
 from distmuon.errors import see
 from distmuon.layout import LayoutChoice
-from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind
+from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind, Wire
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
 from distmuon.plan import ExchangePlan
@@ -80,6 +80,7 @@ class Muon(torch.optim.Optimizer):
         profile: Profile = "off",
         diagnostics_every: int = 0,
         qk_clip: QKClip | None = None,
+        wire: Wire = "full",
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
@@ -112,20 +113,19 @@ class Muon(torch.optim.Optimizer):
             max_skips: How many steps in a row may be skipped before it raises.
             missing_grad: Of some ranks: "raise", or "zero" there (with reduce="owned").
             wave_bytes: Bytes of momentum that one rank fetches at a time; bounds the buffers.
-            check_desync_every: Compare a checksum of all parameters over the ranks before every
-                so many updates, and name the ranks that differ; 0 only before the first.
-            state_dict_kind: What `state_dict` returns: "whole" tensors, or what
-                `sharded_state_dict` does, for frameworks on torch.distributed.checkpoint.
+            check_desync_every: Updates between two comparisons of all ranks' parameters; 0: once.
+            state_dict_kind: Of `state_dict`: "whole" tensors, or what `sharded_state_dict` returns.
             profile: "phases" times the phases of a step for `report()`.
             diagnostics_every: Steps between two looks at the updates (docs/diagnostics.md).
             qk_clip: Attention layers whose logits are clipped (docs/qk-clip.md).
+            wire: "bfloat16" halves the bytes of the exchange, and rounds (docs/sharding.md).
 
         Raises:
             ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
                 a shape Muon cannot take, or no Muon parameter at all.
             TypeError: for a wrong type, or a sparse, complex or distributed tensor.
         """
-        last = layout, cost_model, max_split, split_dtype, profile, diagnostics_every
+        last = layout, cost_model, max_split, split_dtype, profile, diagnostics_every, wire
         self.policy = Policy(
             reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *last
         )

@@ -22,6 +22,7 @@ ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
 Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip", "propagate"]
 MissingGrad = Literal["raise", "zero"]
+Wire = Literal["full", "bfloat16"]
 StateDictKind = Literal["whole", "sharded"]
 NsDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -93,6 +94,8 @@ class Policy:
         split_dtype: Dtype of the Gram matrices and transforms of shared matrices.
         profile: Whether the phases of a step are timed: "off" or "phases".
         diagnostics_every: Steps between two looks at updates and weights; 0 for none.
+        wire: What momentum and updates travel in: "full" for the state's own dtype, "bfloat16" for
+            half the bytes and eight bits.
 
     Raises:
         ValueError: for a value out of range.
@@ -111,12 +114,14 @@ class Policy:
     split_dtype: SplitDtype = "float32"
     profile: Profile = "off"
     diagnostics_every: int = 0
+    wire: Wire = "full"
 
     def __post_init__(self) -> None:
         """Check every value."""
         for key, allowed in (
             ("reduce", get_args(Reduce)),
             ("nonfinite", get_args(NonFinite)),
+            ("wire", get_args(Wire)),
             ("missing_grad", get_args(MissingGrad)),
             ("layout", (*get_args(LayoutKind), "auto")),
             ("split_dtype", get_args(SplitDtype)),

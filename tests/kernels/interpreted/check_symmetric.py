@@ -59,9 +59,7 @@ def assert_right(out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tile", [SMALL, WIDE])
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(
-    "size", [(1, 1), (17, 5), (33, 70), (64, 16)]
-)
+@pytest.mark.parametrize("size", [(1, 1), (17, 5), (33, 70), (64, 16)])
 def test_every_element_is_written_and_right(
     size: tuple[int, int], dtype: torch.dtype, tile: Tile
 ) -> None:
