@@ -1,4 +1,4 @@
-"""Check and measure everything on one GPU: what `make gpu` runs, in under eight minutes on an H200.
+"""Check and measure everything on one GPU: what `make gpu` runs, meant for under eight minutes.
 
     python -m benchmarks.gpu [--out gpu.jsonl] [--budget 420]
     python -m benchmarks.gpu --device cpu        the same code on small sizes, as the tests run it
@@ -209,9 +209,12 @@ def newton_schulz(bench: Bench, rate: float) -> None:
     if importlib.util.find_spec("quack") and not bench.tiny:
         contestants["distmuon, quack"] = with_backend("quack")
     if importlib.util.find_spec("gram_newton_schulz") and not bench.tiny:
-        from gram_newton_schulz import GramNewtonSchulz
+        try:
+            from gram_newton_schulz import GramNewtonSchulz
 
-        contestants["gram-newton-schulz"] = GramNewtonSchulz()
+            contestants["gram-newton-schulz"] = GramNewtonSchulz()
+        except Exception:  # its kernels need packages of their own
+            print(f"gram-newton-schulz failed:\n{traceback.format_exc(limit=3)}", file=sys.stderr)
     for shape in TINY_STACKS if bench.tiny else STACKS:
         count, m, n = shape
         large = count * m * n > 2**30
