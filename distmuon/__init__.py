@@ -8,10 +8,12 @@ from distmuon.orthogonalize import orthogonalize
 from distmuon.param_groups import build_param_groups
 from distmuon.qk_clip import QKClip
 from distmuon.report import Report
+from distmuon.structure import Blocks, qkv_blocks
 from distmuon.summary import summarize
 from distmuon.version import __version__
 
 __all__ = [
+    "Blocks",
     "CostModel",
     "GradScaler",
     "Muon",
@@ -21,5 +23,6 @@ __all__ = [
     "__version__",
     "build_param_groups",
     "orthogonalize",
+    "qkv_blocks",
     "summarize",
 ]

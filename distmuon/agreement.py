@@ -37,7 +37,7 @@ def check_backend(communicator: Communicator, device: torch.device) -> None:
         raise ValueError(
             f"The parameters are on {device.type}, and the process group sends from there with "
             'gloo, which lacks the all-to-all. Use init_process_group("nccl") or '
-            '"cpu:gloo,cuda:nccl", or keep the parameters on the CPU.'
+            '"cpu:gloo,cuda:nccl", or keep the parameters on the CPU.' + see("launch")
         )
 
 

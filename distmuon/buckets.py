@@ -13,16 +13,17 @@ from typing_extensions import TypeVar
 
 from distmuon.choice import choose
 from distmuon.collectives import Communicator
+from distmuon.companion import find_companion
 from distmuon.cost import default_cost_model
 from distmuon.errors import see
 from distmuon.exchange import Exchange
-from distmuon.layout import Layout, TensorSpec, flat_layout
+from distmuon.layout import Layout, TensorSpec, flat_layout, read_spec
 from distmuon.options import Algorithm, GroupOptions, Policy
 from distmuon.ownership import Ownership
 from distmuon.plan import ExchangePlan, build_plan, describe
 from distmuon.shard import Range, Shard
 from distmuon.split_exchange import SplitExchange
-from distmuon.update_rules import adjust_lr_factor
+from distmuon.update_rules import shape_factor
 
 # A bucket is one of our own unless it says otherwise.
 RangeT_co = TypeVar("RangeT_co", bound=Range, covariant=True, default=Shard)
@@ -74,8 +75,7 @@ class BucketSpec:
             owners = self.ownership.describe_owners()
             rows = zip(notes, owners, self.layout.specs, self.groups, strict=True)
             notes = [
-                f"{note}, {owner}, lr factor "
-                f"{adjust_lr_factor(options[group].adjust_lr_fn, *spec.shape[-2:])}"
+                f"{note}, {owner}, lr factor {_lr_factors(options[group], spec)}"
                 for note, owner, spec, group in rows
             ]
         # Last: where shapes differ, so do predictions, and the shape is the mistake to name.
@@ -117,10 +117,25 @@ class Bucket(Generic[RangeT_co]):
 
     @property
     def owned(self) -> tuple[int, ...]:
-        """For each matrix that this rank orthogonalizes, its parameter's index in the layout."""
+        """For each matrix or block that this rank orthogonalizes, its parameter's index."""
         if self.plan is None:
             return ()
-        return tuple(self.plan.ownership.members[matrix] for matrix in self.plan.owned)
+        ownership = self.plan.ownership
+        return tuple(
+            ownership.members[matrix]
+            for matrix in self.plan.owned
+            for _ in range(ownership.layout.specs[matrix].parts)
+        )
+
+
+def state_names(algorithm: Algorithm) -> tuple[str, ...]:
+    """Names of the state tensors of an update rule, each of the parameter's shape.
+
+    Args:
+        algorithm: Of a checked group.
+    """
+    known = STATE_NAMES.get(algorithm)
+    return find_companion(algorithm).state if known is None else known
 
 
 def specify(
@@ -150,7 +165,7 @@ def specify(
     for (algorithm, dtype, device), entries in sorted(
         members.items(), key=lambda m: m[0][0] == "muon"
     ):
-        tensors = [TensorSpec(names[p], tuple(p.shape)) for _, p in entries]
+        tensors = [read_spec(names[p], p.shape, groups[index]) for index, p in entries]
         ownership = None
         if algorithm == "muon":
             ownership = choose(
@@ -176,6 +191,11 @@ def specify(
     return result
 
 
+def _lr_factors(options: GroupOptions, spec: TensorSpec) -> str:
+    shapes = dict.fromkeys(spec.orthogonalized)
+    return ", ".join(str(shape_factor(options.adjust_lr_fn, spec.axes, s)) for s in shapes)
+
+
 def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) -> Bucket:
     """Allocate a bucket's buffers and make its parameters views of them.
 
@@ -188,7 +208,7 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
         The bucket, its state zero.
     """
     rank = communicator.rank
-    shard = Shard(spec.layout, rank, spec.parameters, STATE_NAMES[spec.algorithm])
+    shard = Shard(spec.layout, rank, spec.parameters, state_names(spec.algorithm))
     plan = spec.plan(rank, policy.wave_numel)
     if plan is None:
         return Bucket(spec, shard, None, None, None)

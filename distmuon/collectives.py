@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon import connections
 from distmuon.errors import see
 from distmuon.failure import LIMIT_S, RankFailure, RollCall, Topic, Verdict, explain, within
 from distmuon.phases import PhaseClock
@@ -21,7 +21,6 @@ Number = TypeVar("Number", int, float)
 
 _OLD_ALL_GATHER = "all_gather_into_tensor"
 _PUBLISH = Topic("publish")
-_PROBE_TAG = 1_000_003  # nobody else's
 
 
 class Pending:
@@ -162,47 +161,21 @@ class Communicator:
         roll_call = self._roll_call()
         roll_call.answer(f"step {self.step}", ())
         roll_call.blame_me(text)
-        self._close(range(self.world_size))
+        connections.close(self._group, range(self.world_size))
 
     def _investigate(self, place: str, *, timed_out: bool) -> Verdict:
         # gloo closes all connections of a rank whose timeout has run out: they tell nothing then.
-        gone = [] if timed_out else self._find_closed()
+        gone = [] if timed_out else connections.find_closed(self._group)
         roll_call = self._roll_call()
         roll_call.answer(place, gone)
-        self._close([rank for rank in range(self.world_size) if rank not in gone])
+        connections.close(
+            self._group, [rank for rank in range(self.world_size) if rank not in gone]
+        )
         return roll_call.verdict()
 
     def _roll_call(self) -> RollCall:
         assert self._group is not None, "one rank sends nothing that could fail"
         return RollCall(self._group.get_group_store(), self.rank, self.world_size)
-
-    def _find_closed(self) -> list[int]:
-        """Ranks whose connections are known to be closed; gloo only."""
-        closed = []
-        for rank in self._peers():
-            try:
-                # Announced, never received; on a closed connection it fails at once.
-                dist.isend(torch.zeros(1), group=self._group, group_dst=rank, tag=_PROBE_TAG)
-            except RuntimeError:
-                closed.append(rank)
-        return closed
-
-    def _close(self, ranks: Sequence[int]) -> None:
-        """Close this rank's connections, so that who waits for it notices; gloo only."""
-        for rank in self._peers():
-            if rank not in ranks:
-                continue
-            # The timeout of one message closes the connections to all ranks, in gloo's words so
-            # that "the exception surfaces everywhere". Its abort() does nothing (torch 2.13).
-            with suppress(RuntimeError):
-                nothing = torch.zeros(1)
-                work = dist.irecv(nothing, group=self._group, group_src=rank, tag=_PROBE_TAG + 1)
-                if work is not None:
-                    work.wait(timedelta(milliseconds=1))
-
-    def _peers(self) -> list[int]:
-        gloo = dist.get_backend(self._group) == "gloo"
-        return [r for r in range(self.world_size) if gloo and r != self.rank]
 
     def backend(self, device: torch.device) -> str:
         """Name of the backend that sends tensors of such a device; empty if there is none."""

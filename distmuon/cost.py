@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distmuon.errors import see
+from distmuon.layout import TensorSpec
 
 
 def newton_schulz_cost(shape: Sequence[int], steps: int = 5) -> int:
@@ -83,18 +84,19 @@ class CostModel:
             return newton_schulz_cost(shape)
         return math.prod(shape[:-2]) * max(round(seconds * self.flops), 1)
 
-    def works(self, shapes: Iterable[tuple[int, ...]]) -> list[int]:
-        """Cost of each of many stacks or matrices, of which most look alike.
+    def works(self, specs: Iterable[TensorSpec]) -> list[int]:
+        """Cost of each of many parameters or matrices, of which most look alike.
 
         Args:
-            shapes: [..., m, n] each.
+            specs: What is to be orthogonalized, fused matrices block by block.
         """
-        known: dict[tuple[int, ...], int] = {}
+        known: dict[object, int] = {}
         found = []
-        for shape in shapes:
-            if shape not in known:
-                known[shape] = self.work(shape)
-            found.append(known[shape])
+        for spec in specs:
+            key = spec.shape, spec.axes, spec.blocks
+            if key not in known:
+                known[key] = spec.count * sum(map(self.work, spec.orthogonalized))
+            found.append(known[key])
         return found
 
     @property

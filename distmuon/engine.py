@@ -15,6 +15,7 @@ from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.clipping import Clipper, Factors
 from distmuon.collectives import Communicator
+from distmuon.description import describe_setup, outline
 from distmuon.desync import check_desync
 from distmuon.diagnostics import Diagnostics
 from distmuon.errors import see
@@ -26,8 +27,7 @@ from distmuon.options import GroupOptions, Policy, read_options
 from distmuon.phases import make_clock
 from distmuon.qk_clip import QKClip
 from distmuon.relayout import carry_state
-from distmuon.steps import adamw_step, check_splits, muon_step
-from distmuon.version import __version__
+from distmuon.steps import adamw_step, check_splits, companion_step, muon_step
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Engine:
             ValueError: if two parameters share memory, or an option is out of range.
         """
         with communicator.during(Topic("setup")):
-            agreement.check_same_setup(communicator, _describe(specs, groups, policy, clip))
+            agreement.check_same_setup(communicator, describe_setup(specs, groups, policy, clip))
         refuse_shared_storage(specs)
         agreement.check_backend(communicator, specs[0].parameters[0].device)
         self._clipper = Clipper(clip, [spec.layout for spec in specs], communicator)
@@ -87,7 +87,7 @@ class Engine:
         self._attached = False
         self._weights_unchecked = True
         self._inspected = False  # whether a GradScaler has looked at the averaged gradients
-        self._sizes = [len(group["params"]) for group in groups]
+        self._outlines = [outline(group) for group in groups]
         communicator.step = 1
         self.clock = make_clock(policy.profile, self.buckets[0].shard.master.device)
         communicator.clock = self.clock
@@ -193,7 +193,8 @@ class Engine:
                 self.expected += sum(active[i] for i in bucket.owned)
                 flops += work.flops
             else:
-                adamw_step(bucket, update, active, ready.options, self.clock)
+                step = adamw_step if bucket.spec.algorithm == "adamw" else companion_step
+                step(bucket, update, active, ready.options, self.clock)
             self._clipper.scale_(index, bucket.shard, factors)
             observer.after(index, update)
             published.append(bucket.shard.publish(self._communicator))
@@ -239,11 +240,12 @@ class Engine:
         return _Ready(options, updates, agreement.Finding(present, nonfinite, described, problem))
 
     def _refuse_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != self._sizes:
+        outlines = [outline(group) for group in groups]
+        if outlines != self._outlines:
             raise RuntimeError(
-                f"The groups have {sizes} parameters now, and {self._sizes} when they were laid "
-                "out over the ranks. Call refresh() on every rank after add_param_group()."
+                f"The groups have [{', '.join(outlines)}] parameters now, and "
+                f"[{', '.join(self._outlines)}] when they were laid out over the ranks. Call "
+                "refresh() on every rank after add_param_group(), or a change of blocks or axes."
                 + see("changed-parameters")
             )
 
@@ -374,22 +376,3 @@ class _Ready(NamedTuple):
     options: list[GroupOptions]
     updates: list[Tensor]
     finding: agreement.Finding
-
-
-def _describe(
-    specs: Sequence[BucketSpec],
-    groups: Sequence[Mapping[str, Any]],
-    policy: Policy,
-    clip: QKClip | None,
-) -> list[str]:
-    """What every rank must have alike; a wrong value on one rank is a difference, too."""
-    lines = [f"distmuon {__version__}, torch {torch.__version__}", str(policy)]
-    lines += clip.describe() if clip else ["no QK-Clip"]
-    try:
-        options = [read_options(group, index) for index, group in enumerate(groups)]
-        lines += [option.describe() for option in options]
-        for spec in specs:
-            lines += spec.lines(options)
-    except (TypeError, ValueError) as error:
-        lines.append(str(error))
-    return lines

@@ -26,6 +26,7 @@ Entry = Literal[
     "deepspeed",
     "deepspeed-zero3",
     "desync",
+    "gpu-kernels",
     "grad-scaler",
     "gradient-not-averaged",
     "launch",

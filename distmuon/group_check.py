@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from distmuon.errors import see
+from distmuon.layout import read_spec
 from distmuon.options import read_options
 from distmuon.orthogonalize.coefficients import resolve
+from distmuon.structure import read_blocks
+
+# How a group's matrices are read if it does not say.
+PLAIN_READING: Mapping[str, Any] = {"axes": "out_in", "blocks": None}
 
 
 def read_group(
     group: Mapping[str, Any], index: int, defaults: Mapping[str, Any], names: Mapping[Tensor, str]
-) -> tuple[list[Any], dict[Tensor, str]]:
+) -> tuple[dict[str, Any], dict[Tensor, str]]:
     """Check a new parameter group.
 
     Args:
@@ -26,7 +31,8 @@ def read_group(
         names: FQN of each parameter in the groups before it.
 
     Returns:
-        Its parameters as given, in a list, and the FQNs of all parameters.
+        The group for torch, its parameters in a list and its blocks as plain data, which
+        torch.load and JSON take; and the FQNs of all parameters.
 
     Raises:
         ValueError: as `check_group`, or if a parameter is in a group already.
@@ -39,7 +45,13 @@ def read_group(
     entries = list_parameters(group, index)
     named = name_parameters(entries, index)
     check_group({**defaults, **group, "params": named}, index)
-    return entries, join_names(names, named)
+    plain = {key: value for key, value in group.items() if key != "reasons"}
+    blocks = read_blocks(group.get("blocks"))
+    return {
+        **plain,
+        "params": entries,
+        "blocks": None if blocks is None else tuple(blocks),
+    }, join_names(names, named)
 
 
 def list_parameters(group: Mapping[str, Any], index: int) -> list[Any]:
@@ -129,7 +141,13 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     for name, parameter in group["params"]:
         _check_parameter(name, parameter)
         if options.algorithm == "muon":
-            _check_matrix(name, parameter)
+            _check_matrix(name, parameter, group)
+    if options.algorithm != "muon" and options.blocks is not None:
+        raise ValueError(
+            f"Group {index} has blocks={tuple(options.blocks)} and algorithm="
+            f"{options.algorithm!r}, which works element by element. Only Muon cuts matrices."
+            + see("bad-group")
+        )
 
 
 def merge_groups(
@@ -166,6 +184,8 @@ def merge_groups(
                 f"{here['algorithm']!r}. Build the same groups as in the run that saved them."
                 + see("state-mismatch")
             )
+        if "blocks" in there:  # not in torch.optim.Muon's
+            refuse_other_structure(here, there, f"Group {index}")
         if group["adjust_lr_fn"] is None:  # torch.optim.Muon's default
             group["adjust_lr_fn"] = "original"
         ours = [names[p] for p in here["params"]]
@@ -175,6 +195,31 @@ def merge_groups(
         check_group({**group, "params": [(names[p], p) for p in here["params"]]}, index)
         merged.append(group)
     return merged
+
+
+def refuse_other_structure(here: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> None:
+    """Refuse state of a group whose matrices were read in another way.
+
+    Args:
+        here: Of `param_groups`.
+        saved: The saved group; whole matrices [out, in] if it does not say.
+        label: What the group is called in the message.
+
+    Raises:
+        ValueError: if axes or blocks differ.
+    """
+    for key, default in PLAIN_READING.items():
+        mine, theirs = here.get(key, default), saved.get(key, default)
+        if key == "blocks":
+            mine, theirs = read_blocks(mine), read_blocks(theirs)
+        if mine != theirs:
+            words = [tuple(each) if isinstance(each, tuple) else each for each in (theirs, mine)]
+            raise ValueError(
+                f"{label} was saved with {key}={words[0]!r}, here it has {key}={words[1]!r}: its "
+                "matrices would be orthogonalized in another way than in the run that saved them. "
+                "Build the same groups; after loading, set the new value and call refresh()."
+                + see("state-mismatch")
+            )
 
 
 def canonical_name(name: str) -> str:
@@ -276,6 +321,8 @@ _KEYS = (
     "ns_steps",
     "ns_dtype",
     "adjust_lr_fn",
+    "axes",
+    "blocks",
     "betas",
     "eps",
     "reasons",
@@ -334,10 +381,17 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
-def _check_matrix(name: str, parameter: Tensor) -> None:
-    if parameter.dim() not in (2, 3):
+def _check_matrix(name: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    if group["axes"] == "conv":
+        if parameter.dim() < 3:
+            raise ValueError(
+                f'{name} has shape {list(parameter.shape)} and axes="conv". Must be the kernel of '
+                "a convolution, [out, in, k] or more." + see("bad-group")
+            )
+    elif parameter.dim() not in (2, 3):
         raise ValueError(
             f"{name} has shape {list(parameter.shape)}. Muon takes matrices [m, n] or stacks "
-            '[E, m, n] of them; give it algorithm="adamw" (build_param_groups routes for you).'
-            + see("routing")
+            '[E, m, n] of them, and kernels in groups with axes="conv"; give it algorithm="adamw" '
+            "(build_param_groups routes for you)." + see("routing")
         )
+    read_spec(name, parameter.shape, group)

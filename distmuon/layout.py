@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from distmuon.errors import see
+from distmuon.errors import see, with_entry
+from distmuon.structure import Axes, Blocks, read_blocks
 
 LayoutKind = Literal["flat", "aligned"]
 LayoutChoice = Literal[LayoutKind, "auto"]
@@ -27,15 +28,78 @@ class TensorSpec:
     Attributes:
         name: Fully qualified name of the parameter.
         shape: Its shape; the last two dimensions of a Muon parameter are its matrices [m, n].
+        axes: What they stand for; "conv" for a kernel, whose last dimensions are one together.
+        blocks: Where each of its matrices is cut, every size spelled out.
     """
 
     name: str
     shape: tuple[int, ...]
+    axes: Axes = "out_in"
+    blocks: Blocks | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """Number of matrices in it: more than one for a stack."""
+        return 1 if self.axes == "conv" else math.prod(self.shape[:-2])
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Shape of each of its matrices."""
+        if self.axes == "conv":
+            return self.shape[0], math.prod(self.shape[1:])
+        return self.shape[-2], self.shape[-1]
+
+    @property
+    def orthogonalized(self) -> tuple[tuple[int, int], ...]:
+        """Shapes of what is orthogonalized of each matrix: of its blocks, or its own."""
+        return (self.matrix,) if self.blocks is None else self.blocks.shapes(*self.matrix)
+
+    @property
+    def parts(self) -> int:
+        """How many matrices that makes of each of its own."""
+        return 1 if self.blocks is None else len(self.orthogonalized)
+
+    @property
+    def reading(self) -> str:
+        """How the shape is read, for a person; empty for plain matrices [out, in]."""
+        axes = "" if self.axes == "out_in" else f" read as {self.axes}"
+        if self.blocks is None:
+            return axes
+        sizes, dim, repeats = self.blocks
+        return f"{axes} in blocks of {sizes} {dim}" + (f" x {repeats}" if repeats > 1 else "")
+
+
+def read_spec(name: str, shape: Sequence[int], group: Mapping[str, Any]) -> TensorSpec:
+    """A Muon parameter as its group says that it is to be read.
+
+    Args:
+        name: FQN.
+        shape: Its shape.
+        group: May have "axes" and "blocks".
+
+    Raises:
+        ValueError: if the blocks do not fit the shape, naming the parameter.
+        TypeError: for blocks of a wrong type.
+    """
+    axes = group.get("axes", "out_in")
+    if axes not in get_args(Axes):
+        raise ValueError(
+            f"Invalid {axes=} for {name}. Must be one of {get_args(Axes)}." + see("bad-group")
+        )
+    spec = TensorSpec(name, tuple(shape), axes)
+    blocks = read_blocks(group.get("blocks"))
+    if blocks is None:
+        return spec
+    try:
+        return replace(spec, blocks=blocks.fit(*spec.matrix))
+    except ValueError as error:
+        message = f"{name} has shape {list(shape)}: {error}"
+        raise ValueError(with_entry(message, "bad-group")) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +193,8 @@ class Units(NamedTuple):
 def units_of(parameters: Layout) -> Units:
     """Look at every stack [..., m, n] as its matrices [m, n], which lie end to end.
 
+    A fused matrix stays one entry: its blocks have one owner, who sees all of them.
+
     Args:
         parameters: Where the parameters lie.
 
@@ -141,12 +207,13 @@ def units_of(parameters: Layout) -> Units:
     offsets: list[int] = []
     members: list[int] = []
     for index, (spec, offset) in enumerate(zip(parameters.specs, parameters.offsets, strict=True)):
-        shape = spec.shape[-2:]
-        count, numel = math.prod(spec.shape[:-2]), math.prod(shape)
-        if len(spec.shape) == 2:
-            specs.append(spec)
+        count, numel = spec.count, math.prod(spec.matrix)
+        axes: Axes = "out_in" if spec.axes == "conv" else spec.axes
+        rest = spec.matrix, axes, spec.blocks
+        if len(spec.shape) == 2 or spec.axes == "conv":
+            specs.append(TensorSpec(spec.name, *rest))
         else:
-            specs.extend(TensorSpec(f"{spec.name}[{i}]", shape) for i in range(count))
+            specs.extend(TensorSpec(f"{spec.name}[{i}]", *rest) for i in range(count))
         offsets.extend(offset + i * numel for i in range(count))
         members.extend([index] * count)
     layout = Layout(tuple(specs), tuple(offsets), parameters.world_size, parameters.shard_numel)

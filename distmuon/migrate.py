@@ -206,7 +206,7 @@ def _read(
     known: _Known, entry: Mapping[str, Any], convention: MomentumConvention
 ) -> dict[str, Any]:
     entry = {_MOONLIGHT.get(key, key): value for key, value in entry.items()}
-    keys = _KEYS[known.algorithm]
+    keys = _keys(known)
     if any(key not in entry for key in keys):
         raise ValueError(
             f"The state of {known.name} has {sorted(entry)}. {known.algorithm} needs {list(keys)}: "
@@ -226,8 +226,17 @@ def _read(
     return state
 
 
+def _keys(known: _Known) -> tuple[str, ...]:
+    if known.algorithm not in _KEYS:
+        raise ValueError(
+            f"{known.name} is trained by {known.algorithm}, whose state only state_dict() and "
+            "checkpoints carry." + see("state-mismatch")
+        )
+    return _KEYS[known.algorithm]
+
+
 def _write(known: _Known, convention: MomentumConvention) -> dict[str, Any]:
-    tensors = {key: known.state[key] for key in _KEYS[known.algorithm] if key != "step"}
+    tensors = {key: known.state[key] for key in _keys(known) if key != "step"}
     if any(isinstance(each, StateHandle) for each in tensors.values()):
         raise RuntimeError(
             'With state_dict_kind="sharded" the state is never whole. Build the optimizer with '

@@ -19,7 +19,7 @@ class GradientNorms(NamedTuple):
     Attributes:
         total: Of all parameters.
         muon: Of those that Muon updates.
-        adamw: Of those that AdamW updates.
+        adamw: Of those that AdamW updates, or the class in its place.
     """
 
     total: float
@@ -44,7 +44,7 @@ def gradient_norms(
     squares = {"muon": 0.0, "adamw": 0.0}
     for bucket, grad in zip(buckets, source.read(), strict=True):
         norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        squares[bucket.spec.algorithm] += float(norm) ** 2
+        squares["muon" if bucket.spec.algorithm == "muon" else "adamw"] += float(norm) ** 2
     device = buckets[0].shard.master.device
     muon, adamw = communicator.add_up_reals([squares["muon"], squares["adamw"]], device)
     return GradientNorms(math.sqrt(muon + adamw), math.sqrt(muon), math.sqrt(adamw))

@@ -119,8 +119,9 @@ class StepObserver(Observer):
         for pick in self._picks:
             if pick.bucket == index:
                 options = self._options[bucket.spec.groups[ownership.members[pick.matrix]]]
-                shape = ownership.layout.specs[pick.matrix].shape
-                factors[pick.matrix] = update_rules.adjust_lr_factor(options.adjust_lr_fn, *shape)
+                spec = ownership.layout.specs[pick.matrix]
+                factor = update_rules.shape_factor(options.adjust_lr_fn, spec.axes, spec.shape)
+                factors[pick.matrix] = factor
         self._probes[index] = SpectrumProbe(factors)
         return self._probes[index]
 
@@ -142,6 +143,8 @@ class StepObserver(Observer):
                     betas=self._options[group].betas,
                     eps=self._options[group].eps,
                 )
+            elif bucket.spec.algorithm != "muon":
+                made = torch.full_like(made[:1], math.nan)  # only the class knows its update
             self._squares[group][1] += square_sum(made)
             self._squares[group][2] += square_sum(shard.master[start:stop])
 
@@ -208,7 +211,7 @@ class StepObserver(Observer):
 
 
 def _pick(buckets: Sequence[Bucket], turn: int) -> list[_Pick]:
-    """The next few of all matrices that one rank orthogonalizes alone; over time all of them."""
+    """The next few of all matrices that one rank orthogonalizes as one; over time all of them."""
     candidates = []
     for index, bucket in enumerate(buckets):
         ownership = bucket.spec.ownership
@@ -219,7 +222,7 @@ def _pick(buckets: Sequence[Bucket], turn: int) -> list[_Pick]:
                 for matrix, (owner, spec) in enumerate(
                     zip(ownership.owners, ownership.layout.specs, strict=True)
                 )
-                if matrix not in shared
+                if matrix not in shared and spec.blocks is None
             ]
     count = min(SAMPLES, len(candidates))
     return [candidates[(turn * SAMPLES + i) % len(candidates)] for i in range(count)]

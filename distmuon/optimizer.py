@@ -85,9 +85,9 @@ class Muon(torch.optim.Optimizer):
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
         Args:
-            params: Groups from `build_param_groups`, or any of torch's forms. A group's
-                `algorithm` is "muon" (the default: matrices [m, n], or stacks [E, m, n] of them)
-                or "adamw". Every other argument but `process_group` can be set per group.
+            params: Groups from `build_param_groups`, or any of torch's forms. `algorithm` is "muon"
+                (the default: matrices [m, n] or stacks [E, m, n]), "adamw" or a class. All other
+                arguments but `process_group` can be set per group; "axes" and "blocks" too.
             lr: Learning rate; with the default scaling AdamW's carries over.
             weight_decay: Decoupled decay per unit of lr.
             momentum: Decay of the momentum average.
@@ -146,6 +146,7 @@ class Muon(torch.optim.Optimizer):
             "ns_steps": ns_steps,
             "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
+            **group_check.PLAIN_READING,
             "betas": betas,
         }
         super().__init__(params, defaults)
@@ -163,9 +164,8 @@ class Muon(torch.optim.Optimizer):
             ValueError: as the constructor, and so TypeError.
         """
         index = len(self.param_groups)
-        entries, names = group_check.read_group(param_group, index, self.defaults, self._names)
-        group = {key: value for key, value in param_group.items() if key != "reasons"}
-        super().add_param_group({**group, "params": entries})
+        group, names = group_check.read_group(param_group, index, self.defaults, self._names)
+        super().add_param_group(group)
         self._names = names
         self.keeper.mark(self.state, self.param_groups)
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from distmuon.companion import find_companion
 from distmuon.cost import CostModel
-from distmuon.errors import see
+from distmuon.errors import see, with_entry
 from distmuon.layout import LayoutChoice, LayoutKind
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
 from distmuon.splits import Sharing, SplitDtype
+from distmuon.structure import Axes, Blocks, read_blocks
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
-Algorithm = Literal["muon", "adamw"]
+# One of those below, or the name of an elementwise optimizer class: companion.py.
+Algorithm = str
 ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
 Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -43,7 +46,7 @@ class GroupOptions:
     """What the update rules read from a parameter group; names as in torch.optim.
 
     Attributes:
-        algorithm: "muon" or "adamw".
+        algorithm: "muon", "adamw", or an elementwise optimizer class.
         lr: Learning rate.
         weight_decay: Decoupled decay per unit of lr.
         momentum: Decay of Muon's momentum average.
@@ -52,6 +55,8 @@ class GroupOptions:
         ns_steps: Newton-Schulz iterations; None takes the preset's own number.
         ns_dtype: Dtype of the Newton-Schulz products by name; None chooses by device and shape.
         adjust_lr_fn: Shape scaling of Muon's update.
+        axes: What the dimensions of Muon's matrices stand for.
+        blocks: Where each matrix is cut into blocks that are orthogonalized apart.
         betas: AdamW's moment decays.
         eps: AdamW's denominator offset.
     """
@@ -65,6 +70,8 @@ class GroupOptions:
     ns_steps: int | None
     ns_dtype: NsDtype | None
     adjust_lr_fn: AdjustLrFn
+    axes: Axes
+    blocks: Blocks | None
     betas: tuple[float, float]
     eps: float
 
@@ -187,11 +194,7 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         TypeError: for a value of the wrong type, naming the key and the group.
     """
     algorithm = group["algorithm"]
-    if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"Invalid {algorithm=} in group {index}. Must be one of {ALGORITHMS}."
-            + see("bad-option")
-        )
+    _check_algorithm(algorithm, index)
     nesterov = group["nesterov"]
     if not isinstance(nesterov, bool):
         raise TypeError(
@@ -207,13 +210,22 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         adjust_lr_factor(group["adjust_lr_fn"], 2, 1)
     except (TypeError, ValueError) as error:
         raise type(error)(f"Group {index}: {error}") from None
+    axes = group["axes"]
+    if axes not in get_args(Axes):
+        raise ValueError(
+            f"Invalid {axes=} in group {index}. Must be one of {get_args(Axes)}." + see("bad-group")
+        )
+    try:
+        blocks = read_blocks(group["blocks"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Group {index}: {error}") from None
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(
             f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
         )
     return GroupOptions(
-        algorithm=cast(Algorithm, algorithm),
+        algorithm=algorithm,
         lr=_number(group, "lr", index),
         weight_decay=_number(group, "weight_decay", index),
         momentum=_number(group, "momentum", index, below=1.0),
@@ -222,12 +234,29 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         ns_steps=group["ns_steps"],
         ns_dtype=ns_dtype,
         adjust_lr_fn=group["adjust_lr_fn"],
+        axes=axes,
+        blocks=blocks,
         betas=(
             _number({"betas[0]": betas[0]}, "betas[0]", index, below=1.0),
             _number({"betas[1]": betas[1]}, "betas[1]", index, below=1.0),
         ),
         eps=_number(group, "eps", index),
     )
+
+
+def _check_algorithm(algorithm: object, index: int) -> None:
+    if algorithm in ALGORITHMS:
+        return
+    if not isinstance(algorithm, str) or "." not in algorithm:
+        raise ValueError(
+            f"Invalid {algorithm=} in group {index}. Must be one of {ALGORITHMS}, or an "
+            'elementwise optimizer class such as "torch.optim.SGD(momentum=0.9)".'
+            + see("bad-group")
+        )
+    try:
+        find_companion(algorithm)
+    except ValueError as error:
+        raise ValueError(with_entry(f"Group {index}: {error}", "bad-group")) from None
 
 
 def _number(group: Mapping[str, Any], key: str, index: int, *, below: float = math.inf) -> float:

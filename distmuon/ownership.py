@@ -69,6 +69,13 @@ class Ownership:
         """Matrices that `rank` orthogonalizes, by index in the layout, in flat order."""
         return tuple(index for index, owner in enumerate(self.owners) if owner == rank)
 
+    def counts(self) -> list[int]:
+        """How many matrices each rank orthogonalizes, the blocks of fused ones counted apart."""
+        counts = [0] * self.layout.world_size
+        for owner, spec in zip(self.owners, self.layout.specs, strict=True):
+            counts[owner] += spec.parts
+        return counts
+
     def describe_owners(self) -> list[str]:
         """For each parameter the owners of its matrices, as words that differ where owners do."""
         found: list[list[str]] = [[] for _ in self.parameters.specs]
@@ -126,7 +133,7 @@ class Ownership:
         Args:
             model: What a matrix costs.
         """
-        work = model.works(spec.shape for spec in self.layout.specs)
+        work = model.works(self.layout.specs)
         return loads_with(self.layout, self.owners, work, self.splits)
 
     def with_splits(self, model: CostModel, sharing: Sharing) -> Ownership:
@@ -139,7 +146,7 @@ class Ownership:
         Returns:
             Itself if no matrix is worth splitting.
         """
-        work = model.works(spec.shape for spec in self.layout.specs)
+        work = model.works(self.layout.specs)
         splits = choose_splits(self.layout, self.owners, work, sharing)
         return replace(self, splits=splits) if splits else self
 
@@ -211,7 +218,7 @@ def assign_fixed(parameters: Layout, *, model: CostModel | None = None) -> Owner
 
 
 def _flat(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> Ownership:
-    work = model.works(spec.shape for spec in specs)
+    work = model.works(specs)
     bins = balance(work, world_size)
     total = sum(spec.numel for spec in specs)
     sizes = [sum(specs[i].numel for i in members) for members in bins]
@@ -228,7 +235,7 @@ def _flat(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> Own
 def _aligned(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> Ownership:
     # Both what a rank computes and what it holds count: the larger share sets the pace, or the
     # padding. In integers, so that every rank agrees.
-    work = model.works(spec.shape for spec in specs)
+    work = model.works(specs)
     cost, numel = sum(work), sum(spec.numel for spec in specs)
     shares = [each * numel + spec.numel * cost for each, spec in zip(work, specs, strict=True)]
     choices = []
@@ -267,7 +274,7 @@ def _settle(
 ) -> _Settled:
     """Owners for an order, whatever it is; `binned` has each parameter's owner if there is one."""
     units, members = units_of(parameters)
-    work = model.works(spec.shape for spec in units.specs)
+    work = model.works(units.specs)
     places = look_up(units, work, price=model.price)
     best = choose_owners(places)
     if binned is not None:

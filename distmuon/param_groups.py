@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,14 +16,25 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from distmuon.errors import see
-from distmuon.routing import Entry, Kind, Route, Rule, Verdict, find_parameters, judge
+from distmuon.layout import TensorSpec, read_spec
+from distmuon.parameters import Entry, find_parameters
+from distmuon.routing import (
+    Kind,
+    Route,
+    Rule,
+    Verdict,
+    find_convolution,
+    find_structure,
+    judge,
+)
+from distmuon.structure import Axes, Blocks, read_blocks
 
-__all__ = ["Decay", "Route", "build_param_groups", "format_routes", "route"]
+__all__ = ["BlocksByPattern", "Decay", "Route", "build_param_groups", "format_routes", "route"]
 
 Decay = Literal["weights", "all"]
+BlocksByPattern = Mapping[str, int | Sequence[int] | Blocks]
 
 _UNDECAYED: frozenset[Kind] = frozenset({"norm", "bias", "vector"})
 
@@ -33,6 +45,9 @@ def build_param_groups(
     weight_decay: float = 0.1,
     decay: Decay = "weights",
     overrides: Mapping[str, str] | None = None,
+    blocks: BlocksByPattern | None = None,
+    axes: Mapping[str, Axes] | None = None,
+    companion: str = "adamw",
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for `distmuon.Muon`.
 
@@ -41,17 +56,23 @@ def build_param_groups(
             through.
         weight_decay: Decoupled decay per unit of lr for the decayed groups.
         decay: "weights" decays all but norms, biases and other vectors; "all" decays these too.
-        overrides: As for `route`.
+        overrides: As for `route`, like the two that follow.
+        blocks: Where fused matrices are cut.
+        axes: How matrices are stored.
+        companion: The algorithm of all that does not go to Muon: "adamw", or an elementwise
+            optimizer class such as "torch.optim.SGD(momentum=0.9)".
 
     Returns:
-        One group for each non-empty pair of algorithm and decay, Muon's first: "params" as
-        (FQN, parameter) pairs in the model's order, "algorithm", "weight_decay", and "reasons",
-        parallel to "params". Every trainable parameter is in exactly one of them.
+        One group for each algorithm, decay and way to read matrices that occur together, Muon's
+        first: "params" as (FQN, parameter) pairs in the model's order, "algorithm",
+        "weight_decay", "axes" and "blocks" unless they are plain, and "reasons", parallel to
+        "params". Every trainable parameter is in exactly one of them.
 
     Raises:
         TypeError: `model` is no module, a parameter is a DTensor, or an option has a wrong type.
         ValueError: nothing is trainable, a parameter is uninitialized or empty, an option is out
-            of range, or an override matches nothing or asks Muon to take what is no matrix.
+            of range, an override matches nothing or asks Muon to take what is no matrix, or blocks
+            do not fit.
     """
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
         raise TypeError(f"Invalid {weight_decay=}. Must be a number." + see("bad-option"))
@@ -61,17 +82,21 @@ def build_param_groups(
         raise ValueError(f'Invalid {decay=}. Must be "weights" or "all".' + see("bad-option"))
 
     entries = find_parameters(model)
-    groups: dict[tuple[Rule, float], dict[str, Any]] = {}
-    for entry, found in zip(entries, _decide(entries, model, overrides), strict=True):
+    routes = _decide(entries, model, overrides, blocks, axes)
+    groups: dict[tuple[Rule, float, Axes, Blocks | None], dict[str, Any]] = {}
+    for entry, found in zip(entries, routes, strict=True):
         if found.algorithm == "frozen":
             continue
         decayed = decay == "all" or found.kind not in _UNDECAYED
-        key = (found.algorithm, float(weight_decay) if decayed else 0.0)
+        rate = float(weight_decay) if decayed else 0.0
+        key = (found.algorithm, rate, found.axes, found.blocks)
         if key not in groups:
             groups[key] = {
                 "params": [],
-                "algorithm": key[0],
-                "weight_decay": key[1],
+                "algorithm": companion if found.algorithm == "adamw" else found.algorithm,
+                "weight_decay": rate,
+                **({} if found.axes == "out_in" else {"axes": found.axes}),
+                **({} if found.blocks is None else {"blocks": found.blocks}),
                 "reasons": [],
             }
         groups[key]["params"].append((found.fqn, entry.parameter))
@@ -80,7 +105,13 @@ def build_param_groups(
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0] != "muon", -key[1]))]
 
 
-def route(model: nn.Module, *, overrides: Mapping[str, str] | None = None) -> tuple[Route, ...]:
+def route(
+    model: nn.Module,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    blocks: BlocksByPattern | None = None,
+    axes: Mapping[str, Axes] | None = None,
+) -> tuple[Route, ...]:
     """Decide for every parameter of a model, without touching it.
 
     Args:
@@ -88,16 +119,20 @@ def route(model: nn.Module, *, overrides: Mapping[str, str] | None = None) -> tu
         overrides: "muon" or "adamw" by glob pattern over FQNs, as in `{"*.router.weight":
             "adamw"}`; of several patterns that match, the last one counts. Each must match a
             trainable parameter.
+        blocks: Where fused matrices are cut, by pattern: a number of equal row blocks, their
+            sizes, or `distmuon.Blocks`; as in `{"*.gate_up_proj.weight": 2}`.
+        axes: How matrices are stored, by pattern, where it is not found out: "out_in", "in_out"
+            or "conv".
 
     Returns:
         One route for each parameter, frozen ones included, in the model's order.
 
     Raises:
         TypeError: `model` is no module, or a parameter is a DTensor.
-        ValueError: nothing is trainable, a parameter is uninitialized or empty, or an override
-            matches nothing or asks Muon to take what is no matrix.
+        ValueError: nothing is trainable, a parameter is uninitialized or empty, an override
+            matches nothing or asks Muon to take what is no matrix, or blocks do not fit.
     """
-    return _decide(find_parameters(model), model, overrides)
+    return _decide(find_parameters(model), model, overrides, blocks, axes)
 
 
 def format_routes(routes: Iterable[Route]) -> str:
@@ -132,23 +167,71 @@ def format_routes(routes: Iterable[Route]) -> str:
 
 
 def _decide(
-    entries: Sequence[Entry], model: nn.Module, overrides: Mapping[str, str] | None
+    entries: Sequence[Entry],
+    model: nn.Module,
+    overrides: Mapping[str, str] | None,
+    blocks: BlocksByPattern | None,
+    axes: Mapping[str, Axes] | None,
 ) -> tuple[Route, ...]:
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise TypeError(
-            f"Invalid {overrides=}. Must map patterns to algorithms." + see("bad-option")
-        )
+    for name, given in (("overrides", overrides), ("blocks", blocks), ("axes", axes)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"Invalid {name}={given!r}. Must be a mapping from patterns." + see("bad-option")
+            )
     routes = [
         _to_route(entry, verdict)
         for entry, verdict in zip(entries, judge(entries, model), strict=True)
     ]
     for pattern, algorithm in (overrides or {}).items():
         _override_(routes, entries, pattern, algorithm)
+    for index, (entry, found) in enumerate(zip(entries, routes, strict=True)):
+        if found.algorithm == "muon":
+            stored, cuts = find_structure(entry)
+            routes[index] = replace(found, axes=stored, blocks=cuts)
+    for pattern, stored in (axes or {}).items():
+        for index in _matrices(routes, entries, f"axes {pattern!r}", pattern):
+            routes[index] = _check_fit(replace(routes[index], axes=stored), f"axes {pattern!r}")
+    for pattern, sizes in (blocks or {}).items():
+        for index in _matrices(routes, entries, f"blocks {pattern!r}", pattern):
+            routes[index] = _cut(routes[index], read_blocks(sizes), f"blocks {pattern!r}")
     return tuple(routes)
 
 
+def _matrices(
+    routes: Sequence[Route], entries: Sequence[Entry], label: str, pattern: str
+) -> list[int]:
+    """Muon's parameters of a pattern, which must match at least one and nothing else."""
+    trained = _match(routes, entries, label, pattern)
+    for index in trained:
+        if routes[index].algorithm != "muon":
+            raise ValueError(
+                f"{label} matches {routes[index].fqn}, which goes to AdamW ({routes[index].reason})"
+                ". Only Muon cuts matrices; make the pattern narrower, or route it to Muon with "
+                "overrides=." + see("routing")
+            )
+    return trained
+
+
+def _cut(found: Route, blocks: Blocks | None, label: str) -> Route:
+    reason = re.sub("(, its|its) fused blocks( orthogonalized)? as one", "", found.reason)
+    cut = _check_fit(replace(found, blocks=blocks, reason=reason), label)
+    return cut if blocks is None else replace(cut, reason=f"{reason},{_spec(cut).reading}")
+
+
+def _check_fit(found: Route, label: str) -> Route:
+    try:
+        _spec(found)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from None
+    return found
+
+
+def _spec(found: Route) -> TensorSpec:
+    return read_spec(found.fqn, found.shape, {"axes": found.axes, "blocks": found.blocks})
+
+
 def _to_route(entry: Entry, verdict: Verdict) -> Route:
-    algorithm: Rule = "muon" if verdict.kind in ("matrix", "stack") else "adamw"
+    algorithm: Rule = "muon" if verdict.kind in ("matrix", "stack", "kernel") else "adamw"
     reason = verdict.reason
     if not entry.parameter.requires_grad:
         algorithm, reason = "frozen", "requires_grad=False"
@@ -164,6 +247,18 @@ def _override_(routes: list[Route], entries: Sequence[Entry], pattern: str, algo
             f'Invalid override {pattern!r}: {algorithm!r}. Must be "muon" or "adamw"; to leave a '
             "parameter untrained, set its requires_grad=False." + see("routing")
         )
+    for index in _match(routes, entries, f"Override {pattern!r}", pattern):
+        if algorithm == "muon":
+            _check_matrix(entries[index], pattern)
+        routes[index] = replace(
+            routes[index], algorithm=cast(Rule, algorithm), reason=f"override {pattern!r}"
+        )
+
+
+def _match(
+    routes: Sequence[Route], entries: Sequence[Entry], label: str, pattern: str
+) -> list[int]:
+    """The trained parameters of a pattern, by any of their names."""
     matched = [
         index
         for index, entry in enumerate(entries)
@@ -173,28 +268,22 @@ def _override_(routes: list[Route], entries: Sequence[Entry], pattern: str, algo
         names = [use.fqn for entry in entries for use in entry.uses]
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
         hint = f" Closest: {', '.join(close)}." if close else f" It has, for one, {names[0]}."
-        raise ValueError(
-            f"Override {pattern!r} matches no parameter of the model.{hint}" + see("routing")
-        )
+        raise ValueError(f"{label} matches no parameter of the model.{hint}" + see("routing"))
     trained = [index for index in matched if routes[index].algorithm != "frozen"]
     if not trained:
         raise ValueError(
-            f"Override {pattern!r} matches only frozen parameters, "
-            f"{routes[matched[0]].fqn} for one. Set requires_grad=True first, or leave it out."
-            + see("routing")
+            f"{label} matches only frozen parameters, {routes[matched[0]].fqn} for one. Set "
+            "requires_grad=True first, or leave it out." + see("routing")
         )
-    for index in trained:
-        if algorithm == "muon":
-            _check_matrix(entries[index], pattern)
-        routes[index] = replace(
-            routes[index], algorithm=cast(Rule, algorithm), reason=f"override {pattern!r}"
-        )
+    return trained
 
 
 def _check_matrix(entry: Entry, pattern: str) -> None:
-    convolution = any(isinstance(use.owner, _ConvNd) for use in entry.uses)
-    if convolution or entry.parameter.dim() not in (2, 3):
-        what = "the kernel of a convolution" if convolution else "no matrix"
+    convolution = find_convolution(entry)
+    rows = entry.parameter.shape[0] if entry.parameter.dim() else 0
+    depthwise = convolution is not None and convolution.groups == rows > 1
+    if (convolution is None and entry.parameter.dim() not in (2, 3)) or depthwise:
+        what = "a kernel of one row for each channel" if depthwise else "no matrix"
         raise ValueError(
             f"Override {pattern!r} sends {entry.uses[0].fqn} to Muon, but its shape is "
             f"{list(entry.parameter.shape)}: {what}. Muon takes [m, n] or stacks [E, m, n]; make "

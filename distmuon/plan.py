@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from distmuon.layout import Layout, Segment
+from distmuon.layout import Layout, Segment, TensorSpec
 from distmuon.ownership import Ownership
 from distmuon.split_plan import SplitPlan, build_split_plan
 
@@ -137,10 +137,10 @@ def build_plan(
             sends[wave].append((owners[segment.tensor], segment))
 
     def alike(indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        found: defaultdict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        found: defaultdict[tuple[TensorSpec, int], list[int]] = defaultdict(list)
         for index in indices:
             group = groups[ownership.members[index]] if groups else 0
-            found[layout.specs[index].shape, group].append(index)
+            found[replace(layout.specs[index], name=""), group].append(index)
         return tuple(map(tuple, found.values()))
 
     waves = tuple(
@@ -182,7 +182,7 @@ def describe(layout: Layout, notes: Sequence[str]) -> list[str]:
     head = f"world size {layout.world_size}, {layout.shard_numel} elements per shard"
     rows = zip(layout.specs, layout.offsets, notes, strict=True)
     return [head] + [
-        f"{spec.name}: shape {list(spec.shape)}, flat offset {offset}, {note}"
+        f"{spec.name}: shape {list(spec.shape)}{spec.reading}, flat offset {offset}, {note}"
         for spec, offset, note in rows
     ]
 

@@ -26,7 +26,8 @@ class Report:
         skipped: Steps left out because of a non-finite gradient (nonfinite="skip").
         rank: This rank in the process group.
         world_size: Ranks in the process group.
-        matrices: Matrices that Muon updates; a stack [E, m, n] has E of them.
+        matrices: Matrices that Muon updates; a stack [E, m, n] has E of them, a fused matrix as
+            many as it has blocks.
         matrices_owned: Those that this rank orthogonalizes.
         newton_schulz_calls: Matrices that this rank has orthogonalized, summed over the steps.
         newton_schulz_expected: Owned matrices that had a gradient, summed over the steps.
@@ -42,12 +43,12 @@ class Report:
             clipping, None before the first step.
         seconds: Time of each phase so far on this rank, with profile="phases": "read" gradients
             and look for infinities, "reduce wait", "agree", "momentum", "gather wait",
-            "newton-schulz", "scatter wait", "apply", "adamw", "publish wait". On CUDA the stream's
-            time, for which `report` waits.
+            "newton-schulz", "scatter wait", "apply", "adamw" or "companion", "publish wait". On
+            CUDA the stream's time, for which `report` waits.
         state_bytes: Optimizer state on this rank, fp32 master weights included.
         diagnostics: Of the last step that was measured (diagnostics_every), over all ranks.
         muon_parameters: Elements updated by Muon in the whole model.
-        adamw_parameters: Elements updated by AdamW in the whole model.
+        adamw_parameters: Elements updated by AdamW, or the class in its place, in the whole model.
     """
 
     steps: int
@@ -96,14 +97,14 @@ def make_report(
         This rank's report.
     """
     muon = [spec for spec in specs if spec.algorithm == "muon"]
-    owners = [owner for spec in muon if spec.ownership for owner in spec.ownership.owners]
+    counts = [spec.ownership.counts() for spec in muon if spec.ownership]
     return Report(
         steps=engine.steps if engine else 0,
         skipped=engine.skipped if engine else 0,
         rank=communicator.rank,
         world_size=communicator.world_size,
-        matrices=len(owners),
-        matrices_owned=owners.count(communicator.rank),
+        matrices=sum(map(sum, counts)),
+        matrices_owned=sum(each[communicator.rank] for each in counts),
         newton_schulz_calls=engine.calls if engine else 0,
         newton_schulz_expected=engine.expected if engine else 0,
         newton_schulz_flops=engine.flops if engine else 0,
@@ -114,7 +115,7 @@ def make_report(
         state_bytes=sum(bucket.shard.state_bytes for bucket in engine.buckets) if engine else 0,
         diagnostics=engine.diagnostics if engine else None,
         muon_parameters=sum(spec.numel for spec in muon),
-        adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm == "adamw"),
+        adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm != "muon"),
     )
 
 

@@ -7,20 +7,18 @@ judged once, and any use as an embedding or output head wins.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
-from distmuon.errors import see
+from distmuon.parameters import Entry
+from distmuon.structure import Axes, Blocks
 
 Rule = Literal["muon", "adamw", "frozen"]
-Kind = Literal["matrix", "stack", "embedding", "head", "norm", "bias", "vector", "other"]
+Kind = Literal["matrix", "stack", "kernel", "embedding", "head", "norm", "bias", "vector", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,8 @@ class Route:
         algorithm: "muon", "adamw", or "frozen" for one that is not trained.
         kind: What it was taken for.
         reason: Why, for a person.
+        axes: What the dimensions of a Muon parameter stand for.
+        blocks: Where its matrices are cut; None for whole ones.
     """
 
     fqn: str
@@ -40,27 +40,8 @@ class Route:
     algorithm: Rule
     kind: Kind
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """One place where a parameter is registered.
-
-    Attributes:
-        fqn: Name from the root, wrappers left out.
-        owner: The module it belongs to.
-    """
-
-    fqn: str
-    owner: nn.Module
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A parameter with all its uses, the first registered first."""
-
-    parameter: nn.Parameter
-    uses: tuple[Use, ...]
+    axes: Axes = "out_in"
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,101 +51,6 @@ class Verdict:
     kind: Kind
     reason: str
 
-
-# --------------------------------------------------------------------------------------------------
-# The parameters and their names.
-
-_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_WRAPPERS = frozenset(
-    {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
-)
-
-
-def find_parameters(model: nn.Module) -> list[Entry]:
-    """List every parameter of a model once, with all its names.
-
-    Args:
-        model: Any module, wrapped or not.
-
-    Returns:
-        Parameters in the order in which the model registers them.
-
-    Raises:
-        TypeError: `model` is no module, or a parameter is a DTensor.
-        ValueError: nothing is trainable, or a parameter is uninitialized or empty.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"Invalid model of type {type(model).__name__}. Must be a torch.nn.Module: it is the "
-            "modules that tell an embedding from a hidden matrix." + see("routing")
-        )
-    parameters: dict[int, nn.Parameter] = {}
-    uses: dict[int, list[Use]] = defaultdict(list)
-    named: dict[str, int] = {}
-    for path, module, owner in walk_modules(model):
-        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            fqn = f"{path}.{leaf}" if path else leaf
-            _check(fqn, parameter)
-            if named.setdefault(fqn, id(parameter)) != id(parameter):
-                raise ValueError(
-                    f"Two parameters are called {fqn!r} once wrappers are left out."
-                    + see("routing")
-                )
-            parameters[id(parameter)] = parameter
-            uses[id(parameter)].append(Use(fqn, owner))
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError(
-            f"{type(model).__name__} has {len(parameters)} parameters and none is trainable. "
-            "Set requires_grad=True on those to train before building the groups." + see("routing")
-        )
-    return [Entry(parameters[key], tuple(places)) for key, places in uses.items()]
-
-
-def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield each module's canonical path, itself, and the module its parameters belong to."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, module in modules.items():
-        parts = path.split(".") if path else []
-        kept = [
-            part
-            for depth, part in enumerate(parts)
-            if part not in _TRANSPARENT
-            and not (part == "module" and _is_wrapper(modules[".".join(parts[:depth])]))
-        ]
-        owner = module
-        if isinstance(module, ParametrizationList):
-            # weight_norm and the like keep `embed.weight` as `embed.parametrizations.weight.*`.
-            owner = modules[".".join(parts[:-2])]
-        yield ".".join(kept), module, owner
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    # By name: DeepSpeed must not be imported for this, and a model may have its own `module`.
-    return any(base.__name__ in _WRAPPERS for base in type(module).__mro__)
-
-
-def _check(fqn: str, parameter: nn.Parameter) -> None:
-    if is_lazy(parameter):
-        raise ValueError(
-            f"{fqn} is uninitialized (a lazy module). Run one batch through the model first."
-            + see("routing")
-        )
-    if hasattr(parameter, "placements"):
-        raise TypeError(
-            f"{fqn} is a DTensor. distmuon shards plain parameters itself: leave the model "
-            "unsharded (DistributedDataParallel), or use an optimizer made for FSDP2."
-            + see("sharded-elsewhere")
-        )
-    if parameter.requires_grad and parameter.numel() == 0:
-        raise ValueError(
-            f"{fqn} has shape {list(parameter.shape)}, no elements. Freeze it; or, if ZeRO-3 took "
-            "the parameters apart (deepspeed.zero.Init), use ZeRO-1 instead."
-            + see("deepspeed-zero3")
-        )
-
-
-# --------------------------------------------------------------------------------------------------
-# The judgement.
 
 _NORM_CLASS = re.compile(r"\w*Norm(\dd|Gated)?")
 _EMBEDDING_CLASS = re.compile(r"\w*Embed(der|dings?)?(Bag|Table|Layer)?")
@@ -182,8 +68,12 @@ _TOP_LEVEL_HEAD_NAME = re.compile(r"output|out|fc|decoder|logits")
 _FUSED_NAME = re.compile(
     r"\w*qkv\w*|in_proj_weight|c_attn|query_key_value|\w*gate_up\w*|weight_[ih]h_l\w+"
 )
+# Rows of their weights are inputs: transformers' GPT-2 and two of its mixtures of experts.
+_IN_OUT_CLASS = re.compile(r"Conv1D|GptOssExperts|Llama4TextExperts")
 _LORA_NAME = re.compile(r"lora_\w+")
 _ADAPTER_CLASS = re.compile(r"BaseTunerLayer")
+# A convolution of at most so many input channels reads pixels, as an embedding reads tokens.
+_PIXEL_CHANNELS = 4
 
 
 def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
@@ -213,6 +103,7 @@ def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
         or _by_embedding_class(entry)
         or marked.get(id(entry.parameter))
         or _by_embedding_name(entry)
+        or _by_kernel(entry)
         or _by_shape(entry)
         or _matrix(entry, moe_paths)
         for entry in entries
@@ -263,10 +154,47 @@ def _by_embedding_name(entry: Entry) -> Verdict | None:
     return None
 
 
+def find_convolution(entry: Entry) -> _ConvNd | None:
+    """The convolution that a kernel belongs to; None for anything else."""
+    owners = (use.owner for use in entry.uses)
+    return next((owner for owner in owners if isinstance(owner, _ConvNd)), None)
+
+
+def find_structure(entry: Entry) -> tuple[Axes, Blocks | None]:
+    """How Muon would read a parameter, as far as its module tells."""
+    convolution = find_convolution(entry)
+    if convolution is not None:
+        # The groups of a convolution share no input: each is a matrix of its own.
+        groups = convolution.groups
+        return "conv", Blocks(groups) if groups > 1 else None
+    turned = any(_base_class(use.owner, _IN_OUT_CLASS) for use in entry.uses)
+    return ("in_out" if turned else "out_in"), None
+
+
+def _by_kernel(entry: Entry) -> Verdict | None:
+    """Judge the kernels of convolutions."""
+    convolution = find_convolution(entry)
+    if convolution is None:
+        return None
+    rows, columns = entry.parameter.shape[0], entry.parameter.shape[1:].numel()
+    inputs, groups = convolution.in_channels, convolution.groups
+    parts = entry.uses[0].fqn.split(".")
+    if name := next((part for part in parts if _EMBEDDING_NAME.fullmatch(part)), None):
+        return Verdict("embedding", f"embedding by its name, {name}")
+    if convolution.transposed:
+        return Verdict("other", "transposed convolution: its first dimension is the input")
+    if groups > 1 and groups in (rows, inputs):
+        return Verdict("other", "depthwise convolution: a kernel per channel, no matrix")
+    if 1 in (rows, columns):
+        return Verdict("other", "one row or column: its polar factor is only its direction")
+    if inputs <= _PIXEL_CHANNELS:
+        return Verdict("other", f"convolution that reads the input ({inputs} channels)")
+    each = f"{groups} x [{rows // groups}, {columns}]" if groups > 1 else f"[{rows}, {columns}]"
+    return Verdict("kernel", f"convolution, flattened to {each}")
+
+
 def _by_shape(entry: Entry) -> Verdict | None:
     shape = list(entry.parameter.shape)
-    if any(isinstance(use.owner, _ConvNd) for use in entry.uses):
-        return Verdict("other", "convolution: orthogonalizing flattened kernels is not done yet")
     if len(shape) > 3:
         return Verdict("other", f"{len(shape)}-D, no matrix or stack of matrices")
     if 1 in shape[-2:]:
@@ -279,15 +207,17 @@ def _by_shape(entry: Entry) -> Verdict | None:
 def _matrix(entry: Entry, moe_paths: frozenset[str]) -> Verdict:
     first = entry.uses[0]
     parent, _, name = f".{first.fqn}".removesuffix(".weight").rpartition(".")
+    turned = ", stored [in, out]" if find_structure(entry)[0] == "in_out" else ""
     if len(entry.parameter.shape) == 3:
         count = entry.parameter.shape[0]
         fused = ", its fused blocks as one" if _FUSED_NAME.fullmatch(name) else ""
-        return Verdict("stack", f"stack of {count} matrices, orthogonalized one by one{fused}")
+        reason = f"stack of {count} matrices, orthogonalized one by one{fused}{turned}"
+        return Verdict("stack", reason)
     if name in ("router", "gate") and parent in moe_paths:
         return Verdict("matrix", "hidden matrix (MoE router, as Moonlight does)")
     if _FUSED_NAME.fullmatch(name):
-        return Verdict("matrix", "hidden matrix, its fused blocks orthogonalized as one")
-    return Verdict("matrix", f"hidden matrix ({type(first.owner).__name__})")
+        return Verdict("matrix", f"hidden matrix, its fused blocks orthogonalized as one{turned}")
+    return Verdict("matrix", f"hidden matrix ({type(first.owner).__name__}){turned}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -127,7 +127,12 @@ def choose_splits(
     if sharing.most < 2 or layout.world_size < 2:
         return ()
     total = sum(work)
-    costly = [i for i, each in enumerate(work) if each * layout.world_size > total]
+    # A fused matrix has blocks, which no slice of its long side would keep whole.
+    costly = [
+        i
+        for i, (each, spec) in enumerate(zip(work, layout.specs, strict=True))
+        if each * layout.world_size > total and spec.blocks is None
+    ]
     costly.sort(key=lambda i: (-work[i], i))
     whole = loads_with(layout, owners, work, ())
     best: tuple[Split, ...] = ()

@@ -79,13 +79,13 @@ def aligned_stacks(
     large = [
         i
         for i, spec in enumerate(specs)
-        if len(spec.shape) > 2
+        if spec.count > 1
         and 4 * world_size * max(spec.numel * cost, work[i] * numel) > numel * cost
     ]
     if not large:
         return None
-    large.sort(key=lambda i: (math.prod(specs[i].shape[-2:]), i))
-    unit = math.lcm(ALIGNMENT, *(math.prod(specs[i].shape[-2:]) for i in large))
+    large.sort(key=lambda i: (math.prod(specs[i].matrix), i))
+    unit = math.lcm(ALIGNMENT, *(math.prod(specs[i].matrix) for i in large))
     first = -(-numel // (world_size * unit))
     loose = sorted(set(range(len(specs))) - set(large), key=lambda i: (-work[i], i))
     best: tuple[int, _Bins] | None = None
@@ -121,7 +121,7 @@ class _Bins:
         """Put stacks into the first shards; says whether they fit."""
         position, size = 0, self.size
         for i in large:
-            total, unit = self.specs[i].numel, math.prod(self.specs[i].shape[-2:])
+            total, unit = self.specs[i].numel, math.prod(self.specs[i].matrix)
             position += _gap(total, unit, size - position % size)
             if position + total > len(self.filled) * size:
                 return False

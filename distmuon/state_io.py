@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
+from distmuon.buckets import Bucket, BucketSpec, state_names
 from distmuon.collectives import Communicator
 from distmuon.dcp import StateHandle
 from distmuon.errors import see
@@ -358,7 +358,7 @@ def _check_entry(algorithm: Algorithm, row: Row, saved: Any) -> None:
             "saved by another optimizer, or is it one rank's part of a sharded one?"
             + see("state-mismatch")
         )
-    for key in (*STATE_NAMES[algorithm], "master"):
+    for key in (*state_names(algorithm), "master"):
         if key in entry:
             _check_tensor(row, key, entry[key])
     _check_step(row, entry.get("step", 0))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distmuon.buckets import STATE_NAMES, BucketSpec
+from distmuon.buckets import BucketSpec, state_names
 from distmuon.collectives import Communicator
 from distmuon.dcp import StateHandle
 from distmuon.layout import TensorSpec
@@ -92,7 +92,7 @@ def wanted_state(algorithm: Algorithm, parameter: Tensor) -> tuple[str, ...]:
     """
     counts = () if algorithm == "muon" else ("step",)
     wide = torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype
-    return (*counts, *STATE_NAMES[algorithm], *(() if wide else ("master",)))
+    return (*counts, *state_names(algorithm), *(() if wide else ("master",)))
 
 
 def new_part(spec: BucketSpec, rank: int) -> StatePart:

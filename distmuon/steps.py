@@ -10,8 +10,10 @@ from torch import Tensor
 
 from distmuon import update_rules
 from distmuon.buckets import Bucket
+from distmuon.companion import find_companion
 from distmuon.diagnostics import Probe
 from distmuon.errors import see
+from distmuon.layout import TensorSpec
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.flops import count_flops, count_part_flops
@@ -19,6 +21,7 @@ from distmuon.orthogonalize.parts import check_parts
 from distmuon.phases import PhaseClock
 from distmuon.shard import Range, Run
 from distmuon.split_exchange import SplitJob
+from distmuon.structure import Axes, cut, join
 
 _DTYPES: dict[NsDtype, torch.dtype] = {
     "float64": torch.float64,
@@ -101,7 +104,8 @@ def muon_step(
                 lr=options[group].lr,
                 weight_decay=options[group].weight_decay,
             )
-    return Work(len(done), flops)
+    parts = sum(ownership.layout.specs[matrix].parts for matrix in done)
+    return Work(parts, flops)
 
 
 def adamw_step(
@@ -137,6 +141,35 @@ def adamw_step(
             )
 
 
+def companion_step(
+    bucket: Bucket[Range],
+    grad: Tensor,
+    present: Sequence[bool],
+    options: Sequence[GroupOptions],
+    clock: PhaseClock,
+) -> None:
+    """Update this rank's range of a bucket by an optimizer class.
+
+    Args:
+        bucket: The buffers.
+        grad: [shard_numel], this rank's averaged gradients; the class may overwrite it.
+        present: For each parameter whether it has a gradient; equal on all ranks.
+        options: Of each parameter group.
+        clock: Times it.
+    """
+    shard, companion = bucket.shard, find_companion(bucket.spec.algorithm)
+    with clock("companion"):
+        for group, step, start, stop in shard.begin_step(present, bucket.spec.groups):
+            companion.update_(
+                shard.master[start:stop],
+                grad[start:stop],
+                {name: tensor[start:stop] for name, tensor in shard.state.items()},
+                step=step,
+                lr=options[group].lr,
+                weight_decay=options[group].weight_decay,
+            )
+
+
 def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
     """The same runs, on CPUs in pieces that fit into a cache."""
     if device.type != "cpu":
@@ -154,28 +187,40 @@ def _orthogonal_updates(
     options: Sequence[GroupOptions],
     clock: PhaseClock,
 ) -> list[tuple[int, Tensor]]:
-    """Polar factors of gathered momenta [..., m, n] of one shape and group, scaled for it."""
+    """Polar factors of gathered momenta [m, n] of one kind and group, or of their blocks."""
     ownership = bucket.spec.ownership
     assert ownership is not None, "a Muon bucket has owners"
     if not batch:
         return []
     tensors, matrices = zip(*batch, strict=True)
+    spec = ownership.layout.specs[tensors[0]]
     chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
-    rows, cols = matrices[0].shape[-2:]
     try:
         with clock("newton-schulz"):
-            polar = orthogonalize(
-                matrices[0] if len(batch) == 1 else torch.stack(matrices),
-                coefficients=chosen.ns_coefficients,
-                steps=chosen.ns_steps,
-                dtype=_dtype(chosen),
-            )
-            polar.mul_(update_rules.adjust_lr_factor(chosen.adjust_lr_fn, rows, cols))
+            if len(batch) > 1 and spec.blocks is None:
+                values = list(_polar(torch.stack(matrices), spec.axes, chosen))
+            else:
+                values = [_whole_polar(matrix, spec, chosen) for matrix in matrices]
     except Exception as error:
         names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
         error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape)}")
         raise
-    return list(zip(tensors, [polar] if len(batch) == 1 else polar, strict=True))
+    return list(zip(tensors, values, strict=True))
+
+
+def _whole_polar(matrix: Tensor, spec: TensorSpec, options: GroupOptions) -> Tensor:
+    if spec.blocks is None:
+        return _polar(matrix, spec.axes, options)
+    values = [_polar(block, spec.axes, options) for block in cut(matrix, spec.blocks)]
+    return join(values, matrix.shape, spec.blocks)
+
+
+def _polar(x: Tensor, axes: Axes, options: GroupOptions) -> Tensor:
+    """Polar factor of each matrix of x [..., m, n], scaled for its shape."""
+    polar = orthogonalize(
+        x, coefficients=options.ns_coefficients, steps=options.ns_steps, dtype=_dtype(options)
+    )
+    return polar.mul_(update_rules.shape_factor(options.adjust_lr_fn, axes, x.shape[-2:]))
 
 
 def _dtype(options: GroupOptions) -> torch.dtype | None:
@@ -191,18 +236,21 @@ def _whole_flops(
     known: dict[tuple[int, tuple[int, ...]], int] = {}
     total = 0
     for matrix in matrices:
-        shape = ownership.layout.specs[matrix].shape
+        spec = ownership.layout.specs[matrix]
         group = bucket.spec.groups[ownership.members[matrix]]
-        if (group, shape) not in known:
+        if (group, spec.shape) not in known:  # one group cuts equal shapes alike
             chosen = options[group]
-            known[group, shape] = count_flops(
-                shape,
-                coefficients=chosen.ns_coefficients,
-                steps=chosen.ns_steps,
-                dtype=_dtype(chosen),
-                device=device,
+            known[group, spec.shape] = sum(
+                count_flops(
+                    shape,
+                    coefficients=chosen.ns_coefficients,
+                    steps=chosen.ns_steps,
+                    dtype=_dtype(chosen),
+                    device=device,
+                )
+                for shape in spec.orthogonalized
             )
-        total += known[group, shape]
+        total += known[group, spec.shape]
     return total
 
 
@@ -257,7 +305,7 @@ def _split_jobs(
                 f"{spec.name} is split over {len(split.ranks)} ranks: {error}"
             ) from None
         if present[member]:
-            factor = update_rules.adjust_lr_factor(chosen.adjust_lr_fn, *spec.shape)
+            factor = update_rules.shape_factor(chosen.adjust_lr_fn, spec.axes, spec.shape)
             jobs[split.matrix] = SplitJob(halves, factor)
     return jobs
 

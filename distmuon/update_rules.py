@@ -7,13 +7,14 @@ what lets a sharded optimizer equal the one-process optimizer bitwise. On GPUs e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.kernels import elementwise
+from distmuon.structure import Axes
 
 AdjustLrMode = Literal["match_rms_adamw", "max_dim", "original", "mup", "none"]
 AdjustLrFn = AdjustLrMode | Callable[[int, int], float]
@@ -78,6 +79,21 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
             "or a callable (rows, cols) -> float." + see("bad-option")
         )
     return _ADJUST_LR[adjust_lr_fn](rows, cols)
+
+
+def shape_factor(adjust_lr_fn: AdjustLrFn, axes: Axes, shape: Sequence[int]) -> float:
+    """`adjust_lr_factor` of a matrix as it is stored.
+
+    Args:
+        adjust_lr_fn: As there.
+        axes: "in_out" for a matrix whose rows are inputs.
+        shape: [m, n], a convolution's kernel flattened.
+
+    Returns:
+        The factor.
+    """
+    rows, cols = shape
+    return adjust_lr_factor(adjust_lr_fn, *((cols, rows) if axes == "in_out" else (rows, cols)))
 
 
 def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> None:

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from distmuon.errors import see
+from distmuon.parameters import walk_modules
 from distmuon.qk_clip import Measure, QKClip
 from distmuon.qk_clip.recording import observe_pass
-from distmuon.routing import walk_modules
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface

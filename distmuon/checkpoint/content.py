@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import STATE_NAMES, Bucket
+from distmuon.buckets import Bucket, state_names
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import dtype_name
 from distmuon.checkpoint.manifest import ParameterEntry, TensorEntry
 from distmuon.optimizer import Muon
-from distmuon.routing import walk_modules
+from distmuon.parameters import walk_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def expected_state(optimizer: Muon) -> dict[str, TensorEntry]:
             name = optimizer.parameter_names[parameter]
             wide = torch.promote_types(parameter.dtype, torch.float32)
             masters = () if wide == parameter.dtype else ("master",)
-            for state in (*STATE_NAMES[group["algorithm"]], *masters):
+            for state in (*state_names(group["algorithm"]), *masters):
                 entry = TensorEntry(dtype_name(wide, name), tuple(parameter.shape))
                 expected[f"optimizer/{state}/{name}"] = entry
     return expected

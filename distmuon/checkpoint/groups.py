@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.manifest import Manifest
-from distmuon.group_check import check_group
+from distmuon.group_check import check_group, refuse_other_structure
 from distmuon.optimizer import Muon
 
 _NO_OPTIONS = ("params", "param_names")
@@ -57,6 +57,11 @@ def match_groups(optimizer: Muon, manifest: Manifest) -> tuple[list[dict[str, An
                 )
             continue
         try:
+            refuse_other_structure(group, manifest.groups[sources[0]], "it")
+            if manifest.groups[sources[0]]["algorithm"] != group["algorithm"]:
+                # A file never brings code along: it names a class, which checking would import.
+                options.append({})
+                continue  # its parameters are named as misfits
             merged = {**group, **_restore(manifest.groups[sources[0]], group)}
             pairs = list(zip(names, group["params"], strict=True))
             check_group({**merged, "params": pairs}, index)

@@ -186,6 +186,11 @@ def export(path: str | Path, out: str | Path, optimizer: TorchOptimizer) -> Path
                 f"only {_TORCH_SCALINGS}.",
                 entry="checkpoint-mismatch",
             )
+        if saved.get("blocks") is not None:
+            raise CheckpointError(
+                f"Group {index} has blocks={saved['blocks']}; torch.optim.Muon would orthogonalize "
+                "its matrices whole."
+            )
         options = {key: saved[key] for key in _TORCH_KEYS[optimizer]}
         groups.append({**options, "params": names})
     if not groups:
@@ -291,8 +296,8 @@ def _ranges(
     manifest: Manifest, specs: list[BucketSpec], rank: int
 ) -> Iterator[tuple[str, int, int]]:
     """Name, start and length of everything that a rank holds."""
-    kinds = ["model", *(f"optimizer/{s}" for s in ("momentum_buffer", "exp_avg", "exp_avg_sq"))]
-    kinds.append("optimizer/master")
+    state = {tuple(name.split("/", 2)[:2]) for name in manifest.tensors}
+    kinds = ["model", *sorted("/".join(each) for each in state if each[0] == "optimizer")]
     for spec in specs:
         for segment in spec.layout.segments(rank):
             fqn = spec.names[segment.tensor]

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from distmuon import Muon, build_param_groups
-from distmuon.buckets import STATE_NAMES, BucketSpec, specify
+from distmuon.buckets import BucketSpec, specify, state_names
 from distmuon.choice import Prediction, predict
 from distmuon.cost import CostModel
 from distmuon.forecast.doubts import doubt_about, find_owners, find_tables
 from distmuon.forecast.folding import fold_names
 from distmuon.forecast.traffic import Move, bytes_per_rank, loads, master_itemsize, moves
+from distmuon.layout import read_spec
 from distmuon.options import GroupOptions, Policy, read_options
-from distmuon.update_rules import adjust_lr_factor
+from distmuon.update_rules import shape_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +271,9 @@ def _rows(
 def _row(name: str, kind: _Kind, options: GroupOptions | None, places: Sequence[_Place]) -> Row:
     factor = None
     if options is not None and options.algorithm == "muon":
-        factor = adjust_lr_factor(options.adjust_lr_fn, *kind.shape[-2:])
+        reading = {"axes": options.axes, "blocks": options.blocks}
+        first, *_ = read_spec(name, kind.shape, reading).orthogonalized
+        factor = shape_factor(options.adjust_lr_fn, options.axes, first)
     return Row(
         name=name,
         count=1,
@@ -316,7 +319,7 @@ def _buffer(spec: BucketSpec, policy: Policy, model: CostModel) -> Buffer:
         )
     others = (world_size - 1) * spec.layout.shard_numel
     wide = master_itemsize(spec)
-    copies = len(STATE_NAMES[spec.algorithm]) + (wide != itemsize)
+    copies = len(state_names(spec.algorithm)) + (wide != itemsize)
     return Buffer(
         algorithm=spec.algorithm,
         dtype=_say(spec.parameters[0].dtype),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distmuon.layout import TensorSpec
+from distmuon.layout import TensorSpec, read_spec
 from distmuon.param_groups import route
 
 # As they are published.
@@ -143,7 +143,11 @@ def muon_specs(model: nn.Module) -> list[TensorSpec]:
     Returns:
         Their names and shapes.
     """
-    return [TensorSpec(r.fqn, r.shape) for r in route(model) if r.algorithm == "muon"]
+    return [
+        read_spec(r.fqn, r.shape, {"axes": r.axes, "blocks": r.blocks})
+        for r in route(model)
+        if r.algorithm == "muon"
+    ]
 
 
 def _decoder(vocabulary: int, width: int, blocks: list[nn.Module]) -> nn.Module:

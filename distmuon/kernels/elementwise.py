@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.kernels.symmetric import triton_is_usable
 
 _trusted: dict[torch.device, bool] = {}
@@ -108,7 +109,7 @@ def _check(device: torch.device) -> bool:
         text = f"are off by {error:.2g}"
     warnings.warn(
         f"distmuon's fused elementwise kernels {text} on {device}; torch's operations are used "
-        "there, slower and right.",
+        "there, slower and right." + see("gpu-kernels"),
         RuntimeWarning,
         stacklevel=3,
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from distmuon.errors import see
+
 
 def require() -> None:
     """Refuse to go on without the package.
@@ -18,7 +20,7 @@ def require() -> None:
     if find_spec("quack") is None:
         raise ModuleNotFoundError(
             "backend='quack' needs quack-kernels, which pins its own CUDA packages: "
-            "pip install quack-kernels (tried with 0.5)"
+            "pip install quack-kernels (tried with 0.5)" + see("missing-package")
         )
 
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
 from distmuon.kernels import quack
 from distmuon.kernels.tiles import Tile, tile_for
 
@@ -74,9 +75,14 @@ def symmetric_backend(backend: Backend) -> Iterator[None]:
         ModuleNotFoundError: for a package that is not installed.
     """
     if backend not in get_args(Backend):
-        raise ValueError(f"Unknown {backend=}. Must be one of {', '.join(get_args(Backend))}.")
+        raise ValueError(
+            f"Unknown {backend=}. Must be one of {', '.join(get_args(Backend))}."
+            + see("bad-option")
+        )
     if backend == "triton" and not triton_is_installed():
-        raise ModuleNotFoundError("backend='triton' needs Triton: pip install triton")
+        raise ModuleNotFoundError(
+            "backend='triton' needs Triton: pip install triton" + see("missing-package")
+        )
     if backend == "quack":
         quack.require()
     token = _backend.set(backend)
@@ -279,7 +285,8 @@ def _check(key: _Class) -> bool:
     warnings.warn(
         f"distmuon's {key.backend} kernel for symmetric {key.dtype} products {text}; products like "
         f"it (m = {key.rows_past_tile} mod {key.tile.rows}, k = {key.depth_past_tile} mod "
-        f"{key.tile.depth}) go through cuBLAS on {key.device}, slower and right.",
+        f"{key.tile.depth}) go through cuBLAS on {key.device}, slower and right."
+        + see("gpu-kernels"),
         RuntimeWarning,
         stacklevel=2,
     )

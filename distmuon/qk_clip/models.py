@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from distmuon.errors import see
+from distmuon.parameters import walk_modules
 from distmuon.qk_clip.layers import (
     AttentionLayer,
     Axis,
@@ -17,7 +18,6 @@ from distmuon.qk_clip.layers import (
     latent_attention_layer,
 )
 from distmuon.qk_clip.scaling import inert, is_qk_norm
-from distmuon.routing import walk_modules
 
 # Names of the two projections: Llama and most others; BERT and ViT; Meta's own Llama; diffusers;
 # DistilBERT.

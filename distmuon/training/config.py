@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from distmuon.errors import Entry, with_entry
 from distmuon.qk_clip import Measure
+from distmuon.training.baselines import OptimizerName
 from distmuon.update_rules import AdjustLrMode
 
 T = TypeVar("T")
@@ -157,21 +158,19 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """The optimizer. Under several ranks both choices keep 1/N of their state on each (ZeRO-1)."""
+    """The optimizer. Under several ranks its state is spread over them (ZeRO-1)."""
 
-    name: Literal["muon", "adamw"] = _key(
-        "muon", "muon: matrices to Muon, the rest to AdamW; adamw: everything to AdamW", "fixed"
+    name: OptimizerName = _key(  # noqa: RUF009 - a string, which cannot be changed
+        "muon", "muon: matrices to Muon, the rest to AdamW; others: everything to that one", "fixed"
     )
     lr: float = _key(8e-3, "peak learning rate")
-    weight_decay: float = _key(0.1, "decoupled weight decay; norms and biases get none")
-    betas: tuple[float, float] = _key((0.9, 0.95), "AdamW's two averages")
-    eps: float = _key(1e-8, "added to AdamW's denominator")
-    momentum: float = _key(0.95, "Muon's momentum (muon only)")
+    weight_decay: float = _key(0.1, "weight decay; norms and biases get none")
+    betas: tuple[float, float] = _key((0.9, 0.95), "averages of AdamW, Adam, Lion, LAMB, Sophia")
+    eps: float = _key(1e-8, "added to the denominator of AdamW, Adam, Adagrad, RMSprop, LAMB")
+    momentum: float = _key(0.95, "of Muon, and of momentum, nag, lars, shampoo")
     nesterov: bool = _key(default=True, meaning="Nesterov momentum (muon only)")
     ns_coefficients: str = _key("auto", "Newton-Schulz coefficient set (muon only)")
-    ns_steps: int | None = _key(
-        None, "Newton-Schulz iterations; null takes the set's own number (muon only)"
-    )
+    ns_steps: int | None = _key(None, "iterations; null takes the set's own number (muon only)")
     adjust_lr_fn: AdjustLrMode = _key(  # noqa: RUF009 - a string, which cannot be changed
         "match_rms_adamw", "how an update is scaled to the matrix shape (muon only)"
     )

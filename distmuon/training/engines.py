@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from distmuon.training.baselines import BASELINES
 from distmuon.training.config import Config, ConfigError
 from distmuon.training.with_deepspeed import start_deepspeed
 from distmuon.training.world import World
@@ -50,26 +52,33 @@ class NativeEngine:
 
     Attributes:
         wrapped: the model in its wrapper.
-        optimizer: Muon or AdamW.
+        optimizer: Muon or another.
         schedule: of its learning rates.
         passes: micro-batches of a step.
+        gradient: whether the optimizer differentiates the gradient.
     """
 
     wrapped: nn.Module
     optimizer: Optimizer
     schedule: LambdaLR
     passes: int
+    gradient: Literal["plain", "differentiable"] = "plain"
 
     def micro_batch(self, when: Literal["more", "last"]) -> AbstractContextManager[None]:
         """Let DDP average gradients only in the last backward pass of a step."""
         if when == "more" and isinstance(self.wrapped, DistributedDataParallel):
             waiting: AbstractContextManager[None] = self.wrapped.no_sync()
             return waiting
+        if self.gradient == "differentiable":
+            # The fused kernels of attention have no second derivative.
+            plain: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+            return plain
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient."""
-        (loss / self.passes).backward()  # type: ignore[no-untyped-call]
+        twice = self.gradient == "differentiable"
+        (loss / self.passes).backward(create_graph=twice)  # type: ignore[no-untyped-call]
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip what DDP has averaged."""
@@ -156,7 +165,9 @@ def build_engine(
     if config.run.engine == "native":
         scheduled = schedule(optimizer)
         wrapped = _wrap(model, world)
-        return NativeEngine(wrapped, optimizer, scheduled, config.train.accumulation), scheduled
+        baseline, passes = BASELINES.get(config.optimizer.name), config.train.accumulation
+        gradient = baseline.gradient if baseline is not None else "plain"
+        return NativeEngine(wrapped, optimizer, scheduled, passes, gradient), scheduled
     if config.run.engine == "deepspeed":
         return start_deepspeed(config, world, model, optimizer, schedule)
     if find_spec("accelerate") is None:
@@ -165,10 +176,10 @@ def build_engine(
             key="run.engine",
             entry="missing-package",
         )
-    if config.optimizer.name == "adamw":
+    if config.optimizer.name != "muon":
         raise ConfigError(
-            "run.engine=accelerate is for optimizer.name=muon: AdamW's ZeroRedundancyOptimizer "
-            "cannot be prepared by Accelerate.",
+            "run.engine=accelerate is for optimizer.name=muon: the ZeroRedundancyOptimizer of the "
+            "others cannot be prepared by Accelerate.",
             key="run.engine",
         )
     return _prepare(config, world, model, optimizer, schedule)

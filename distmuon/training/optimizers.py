@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon import Muon, QKClip, build_param_groups
 from distmuon.qk_clip import attention_layers, record
+from distmuon.training.baselines import BASELINES
 from distmuon.training.config import Config, ConfigError, OptimizerConfig, TrainConfig
 from distmuon.training.world import World
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+# What some classes count in their groups instead of in their state.
+_COUNTER = "step"
 
 
 def build_optimizer(
@@ -30,9 +32,9 @@ def build_optimizer(
     clip: QKClip | None = None,
     diagnostics_every: int = 0,
 ) -> Optimizer:
-    """Build Muon, or AdamW; either keeps 1/N of its state on each of N ranks (ZeRO-1).
+    """Build Muon, or an optimizer to compare it with; each spreads its state over the ranks.
 
-    Both decay the same parameters: those that `build_param_groups` says.
+    All decay the same parameters: those that `build_param_groups` says.
 
     Args:
         model: the bare model, not its DDP wrapper, so that names are the model's own.
@@ -42,23 +44,25 @@ def build_optimizer(
         diagnostics_every: steps between two looks at the updates; Muon's alone.
 
     Raises:
-        ConfigError: for a value that the optimizer refuses.
+        ConfigError: for a value that the optimizer refuses, or one that is not installed.
     """
     groups = build_param_groups(model, weight_decay=config.weight_decay)
-    if config.name == "adamw":
-        if diagnostics_every:
-            raise ConfigError(
-                "train.diagnostics_every needs optimizer.name=muon: torch's AdamW has none.",
-                key="train.diagnostics_every",
-            )
-        return _build_adamw(groups, config, world)
+    if config.name != "muon" and diagnostics_every:
+        raise ConfigError(
+            f"train.diagnostics_every needs optimizer.name=muon: {config.name} has none.",
+            key="train.diagnostics_every",
+        )
     ours: dict[str, Any] = {
         "process_group": world.group,
         "diagnostics_every": diagnostics_every,
         "qk_clip": clip,
     }
     try:
+        if config.name != "muon":
+            return _build_baseline(groups, config, world)
         return Muon(groups, **ours, **muon_options(config))
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
 
@@ -107,10 +111,26 @@ def clip_stats(optimizer: Optimizer) -> Mapping[str, float] | None:
     return {key: value for key, value in clip.stats().items() if key != "clipped_heads_total"}
 
 
-def _build_adamw(
+def _build_baseline(
     groups: Sequence[Mapping[str, Any]], config: OptimizerConfig, world: World
 ) -> Optimizer:
-    """Give every parameter to torch's AdamW, with the weight decay it has under Muon."""
+    """Give every parameter to one optimizer, with the weight decay it has under Muon."""
+    baseline = BASELINES[config.name]
+    if baseline.gradient == "differentiable" and world.group is not None:
+        raise ConfigError(
+            f"optimizer.name={config.name} takes second derivatives through the gradients, which "
+            "DistributedDataParallel does not provide. Run it in one process.",
+            key="optimizer.name",
+        )
+    try:
+        cls = baseline.load()
+    except ImportError as error:
+        raise ConfigError(f"optimizer.name={config.name}: {error}", key="optimizer.name") from error
+    options = {
+        "lr": config.lr,
+        **{key: getattr(config, key) for key in baseline.takes},
+        **baseline.fixed,
+    }
     plain = [
         {
             "params": [parameter for _, parameter in group["params"]],
@@ -119,15 +139,9 @@ def _build_adamw(
         for group in groups
     ]
     if world.group is None:
-        return AdamW(plain, lr=config.lr, betas=config.betas, eps=config.eps)
-    return ZeroRedundancyOptimizer(
-        plain,
-        AdamW,
-        process_group=world.group,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-    )
+        return cls(plain, **options)
+    # It gives whole parameters to ranks, which is right for every class.
+    return ZeroRedundancyOptimizer(plain, cls, process_group=world.group, **options)
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig) -> LambdaLR:
@@ -165,49 +179,71 @@ def place_schedule(schedule: LambdaLR, step: int) -> None:
         group["lr"] = rate
 
 
-def whole_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Gather AdamW's state on rank 0. A collective.
+def whole_state(optimizer: Optimizer, model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Gather the state of an optimizer of torch's kind on rank 0. A collective.
+
+    Args:
+        optimizer: with a state of tensors and numbers.
+        model: that its parameters belong to.
+        name: what the configuration calls it.
 
     Returns:
-        On rank 0 each state tensor as "adamw.FQN.exp_avg" and so on; nothing on the others.
+        On rank 0 each state tensor as "adamw.FQN.exp_avg" and so on, and the groups' counters as
+        "adamw.step.0"; nothing on the others.
     """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
         if optimizer.rank != 0:
             return {}
     state = optimizer.state_dict()["state"]
-    return {
-        f"adamw.{name}.{key}": value
-        for index, name in enumerate(_names(optimizer, model))
+    tensors = {
+        f"{name}.{fqn}.{key}": torch.as_tensor(value)
+        for index, fqn in enumerate(_names(optimizer, model))
         for key, value in state.get(index, {}).items()
+        if value is not None
     }
+    counters = {
+        f"{name}.{_COUNTER}.{index}": torch.tensor(group[_COUNTER])
+        for index, group in enumerate(optimizer.param_groups)
+        if _COUNTER in group
+    }
+    return tensors | counters
 
 
-def load_whole_state(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give AdamW its state back, at any world size; each rank keeps its own part.
+def load_whole_state(
+    optimizer: Optimizer, model: nn.Module, name: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer its state back, at any world size; each rank keeps its own part.
 
     Args:
         optimizer: with the same parameters; its hyperparameters stay.
         model: that they belong to.
+        name: what the configuration calls it.
         tensors: from `whole_state`, on every rank.
 
     Raises:
         ConfigError: if the state of a parameter is missing.
     """
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(_names(optimizer, model)):
-        keys = {key: f"adamw.{name}.{key}" for key in ADAMW_STATE}
-        missing = [full for full in keys.values() if full not in tensors]
-        if missing:
-            raise ConfigError(
-                f"run.resume: the checkpoint has no {', '.join(missing)}.", entry="resume"
-            )
-        state[index] = {key: tensors[full] for key, full in keys.items()}
+    fqns = _names(optimizer, model)
+    state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(fqns))}
+    for index, fqn in enumerate(fqns):
+        prefix = f"{name}.{fqn}."
+        for full in tensors:
+            if full.startswith(prefix):
+                state[index][full.removeprefix(prefix)] = tensors[full]
+    missing = [fqns[index] for index, entry in state.items() if not entry]
+    if missing and len(missing) < len(fqns):  # plain SGD has none at all
+        raise ConfigError(
+            f"run.resume: the checkpoint has no {name} state of {missing[0]}.", entry="resume"
+        )
     count = iter(range(len(state)))
     groups = [
         {**group, "params": [next(count) for _ in group["params"]]}
         for group in optimizer.param_groups
     ]
+    for index, group in enumerate(groups):
+        counter = tensors.get(f"{name}.{_COUNTER}.{index}")
+        group |= {} if counter is None else {_COUNTER: int(counter)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -32,7 +32,7 @@ def save_snapshot(trainer: Trainer, progress: Progress, path: Path, *, text: str
         ConfigError: on every rank, if it cannot be written; the earlier ones are still there.
     """
     optimizer = trainer.optimizer
-    muon = isinstance(optimizer, Muon)
+    muon, name = isinstance(optimizer, Muon), trainer.config.optimizer.name
     try:
         checkpoint.save(
             path,
@@ -44,7 +44,7 @@ def save_snapshot(trainer: Trainer, progress: Progress, path: Path, *, text: str
                 "schedule": {"last_epoch": trainer.schedule.last_epoch},
                 "text": text,
             },
-            tensors=None if muon else whole_state(optimizer, trainer.model),
+            tensors=None if muon else whole_state(optimizer, trainer.model, name),
             rank_tensors=_random_states(trainer.world),
             process_group=trainer.world.group,
             keep_latest=trainer.config.run.keep_latest or None,
@@ -79,7 +79,8 @@ def load_snapshot(trainer: Trainer, path: Path) -> Progress:
     except CheckpointError as error:
         raise ConfigError(f"run.resume: {error}", key="run.resume", entry="resume") from error
     if not isinstance(optimizer, Muon):
-        load_whole_state(optimizer, trainer.model, loaded.tensors)
+        name = trainer.config.optimizer.name
+        load_whole_state(optimizer, trainer.model, name, loaded.tensors)
     for group, mine in zip(optimizer.param_groups, options, strict=True):
         group.update(mine)
     saved = dict(loaded.metadata["progress"])

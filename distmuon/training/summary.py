@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from distmuon import Muon, summarize
 from distmuon.deepspeed import ZeroOrtho
 from distmuon.errors import see
+from distmuon.training.baselines import BASELINES
 from distmuon.training.config import Config
 from distmuon.training.metrics import StepMetrics
 from distmuon.training.optimizers import state_bytes
@@ -26,7 +27,10 @@ from distmuon.units import format_bytes
 RANKS_SHOWN = 4
 # How a run is resumed is not worth telling where it is resumed.
 UNTOLD = ("run.resume", "run.if_exists")
-OPTIMIZER_NAMES = {"muon": "Muon (matrices) and AdamW (the rest)", "adamw": "AdamW"}
+OPTIMIZER_NAMES = {
+    "muon": "Muon (matrices) and AdamW (the rest)",
+    **{name: baseline.label for name, baseline in BASELINES.items()},
+}
 
 
 def describe_start(trainer: Trainer, folder: RunFolder) -> str:

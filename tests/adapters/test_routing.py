@@ -42,7 +42,7 @@ def test_every_parameter_has_a_rule_and_a_reason(
     grouped = [id(p) for group in build_param_groups(model) for _, p in group["params"]]
     assert sorted(grouped) == sorted(trainable)
 
-    kept_from_muon = (nn.Embedding, nn.LayerNorm, nn.modules.conv._ConvNd)
+    kept_from_muon = (nn.Embedding, nn.LayerNorm)
     for path, module in model.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
             found = routes.get(f"{path}.{leaf}")

@@ -155,10 +155,11 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
     added to fp32 masters.
     """
     model, masters = make_model(case.dtype), make_model(case.dtype).float()
-    groups = build_param_groups(masters)
+    options = dict(case.options)
+    groups = build_param_groups(masters, blocks=options.pop("blocks", None))
     for group in groups:
         group["lr"] = LR if group["algorithm"] == "muon" else ADAM_LR
-    optimizer = Muon(groups, **case.options)
+    optimizer = Muon(groups, **options)
     sizes = [ranks] * len(steps) if isinstance(ranks, int) else ranks
     for step, world_size in zip(steps, sizes, strict=True):
         grads = [

@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
     ),
     "stage 2, offload": Case(2, OFFLOAD, OWN_CPU),
     "stage 2, one matrix a wave": Case(2, options={"wave_bytes": 4}),
+    "stage 2, fused matrices": Case(2, options={"blocks": {"wide.weight": 3, "experts": (4, 12)}}),
     "bf16, stage 1": Case(1, dtype=BF16),
     "bf16, stage 2, clip 1.0": Case(2, dtype=BF16, clip=1.0),
     "bf16, stage 2, accumulation": Case(2, dtype=BF16, accumulation=2),

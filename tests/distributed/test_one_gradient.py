@@ -97,6 +97,7 @@ def test_the_page_tells_the_order_of_a_real_step() -> None:
             "adjust_lr_factor",
             "check_splits",
             "count_flops",
+            "shape_factor",
             "stack_numel",
         }
 

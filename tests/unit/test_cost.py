@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from distmuon.cost import CostModel, default_cost_model, newton_schulz_cost
+from distmuon.layout import TensorSpec
+from distmuon.structure import Blocks
 
 
 def model(**values: Any) -> CostModel:
@@ -42,7 +44,20 @@ def test_a_measured_time_replaces_the_formula_in_both_orientations() -> None:
     assert measured.work((4, 6)) == measured.work((6, 4)) == 2_000_000
     assert measured.work((3, 6, 4)) == 6_000_000
     assert measured.work((4, 4)) == newton_schulz_cost((4, 4))
-    assert measured.works([(4, 6), (4, 4), (4, 6)]) == [2_000_000, 1920, 2_000_000]
+    specs = [TensorSpec(str(shape), shape) for shape in [(4, 6), (4, 4), (4, 6)]]
+    assert measured.works(specs) == [2_000_000, 1920, 2_000_000]
+
+
+def test_a_fused_matrix_costs_what_its_blocks_cost() -> None:
+    model = CostModel(1.0, 1.0, 1e9)
+    fused = TensorSpec("qkv", (12, 6), blocks=Blocks((8, 2, 2)))
+    kernel = TensorSpec("conv", (8, 4, 3, 3), "conv")
+    stack = TensorSpec("experts", (5, 12, 6), blocks=Blocks((6, 6), "rows"))
+    assert model.works([fused, kernel, stack]) == [
+        newton_schulz_cost((8, 6)) + 2 * newton_schulz_cost((2, 6)),
+        newton_schulz_cost((8, 36)),
+        10 * newton_schulz_cost((6, 6)),
+    ]
 
 
 def test_models_with_the_same_times_look_the_same_whatever_their_order() -> None:

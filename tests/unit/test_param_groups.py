@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from distmuon import Muon, build_param_groups
+from distmuon import Blocks, Muon, build_param_groups, qkv_blocks
+from distmuon.layout import read_spec
 from distmuon.param_groups import Route, format_routes, route
 from tests.harness import run_ranks
 
@@ -494,10 +495,123 @@ def test_bad_overrides_are_refused(overrides: dict[str, str], message: str) -> N
         build_param_groups(Decoder(), overrides=overrides)
 
 
-def test_a_convolution_is_not_taken_for_a_stack() -> None:
-    model = Bag(conv=nn.Conv1d(4, 6, 3), hidden=nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"conv\.weight to Muon.*convolution"):
+def test_depthwise_kernels_are_refused_even_where_asked_for() -> None:
+    model = Bag(conv=nn.Conv1d(6, 6, 3, groups=6), hidden=nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"conv\.weight to Muon.*one row for each channel"):
         route(model, overrides={"conv.weight": "muon"})
+
+
+# Structure ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conv", "algorithm", "reason", "blocks"),
+    [
+        (nn.Conv2d(8, 6, 3), "muon", "convolution, flattened to [6, 72]", None),
+        (nn.Conv1d(8, 6, 3), "muon", "convolution, flattened to [6, 24]", None),
+        (nn.Conv2d(8, 6, 3, groups=2), "muon", "flattened to 2 x [3, 36]", Blocks(2)),
+        (nn.Conv1d(8, 8, 3, groups=8), "adamw", "depthwise", None),
+        (nn.Conv1d(8, 16, 3, groups=8), "adamw", "depthwise", None),
+        (nn.Conv2d(3, 8, 7), "adamw", "reads the input (3 channels)", None),
+        (nn.Conv2d(8, 1, 1), "adamw", "one row or column", None),
+        (nn.ConvTranspose2d(8, 6, 3), "adamw", "transposed", None),
+    ],
+    ids=lambda value: str(value) if isinstance(value, nn.Module) else "",
+)
+def test_kernels_are_flattened_unless_they_are_no_matrices(
+    conv: nn.Module, algorithm: str, reason: str, blocks: Blocks | None
+) -> None:
+    found = the_route(conv=conv)
+    assert (found.algorithm, found.axes, found.blocks) == (
+        algorithm,
+        "conv" if algorithm == "muon" else "out_in",
+        blocks,
+    )
+    assert reason in found.reason
+    model = Bag(conv=conv, hidden=nn.Linear(8, 8))
+    Muon(build_param_groups(model))
+
+
+def test_a_patch_embedding_is_an_embedding_and_an_override_a_kernel() -> None:
+    model = Bag(patch_embed=Bag(proj=nn.Conv2d(8, 6, 2)), hidden=nn.Linear(8, 8, bias=False))
+    assert route(model)[0].kind == "embedding"
+    asked = route(model, overrides={"patch_embed.proj.weight": "muon"})[0]
+    assert (asked.algorithm, asked.axes) == ("muon", "conv")
+
+
+def test_matrices_that_are_cut_alike_share_a_group() -> None:
+    model = Decoder(depth=2)
+    groups = build_param_groups(model, blocks={"*.qkv.weight": 3})
+    cut, whole = (group for group in groups if group["algorithm"] == "muon")
+    if "blocks" not in cut:
+        cut, whole = whole, cut
+    assert [name for name, _ in cut["params"]] == [f"layers.{i}.attn.qkv.weight" for i in (0, 1)]
+    assert cut["blocks"] == Blocks(3)
+    assert cut["reasons"][0] == "hidden matrix, in blocks of (8, 8, 8) rows"
+    assert "blocks" not in whole
+    optimizer = Muon(groups)
+    assert optimizer.report().matrices == 2 * 3 + 2
+    assert optimizer.param_groups[0]["blocks"] == (3, "rows", 1)
+
+
+def test_transposed_weights_are_found_by_their_class_or_said_by_pattern() -> None:
+    model = Bag(
+        c_attn=bag_class("Conv1D")(weight=parameter(8, 24)),
+        experts=bag_class("GptOssExperts")(gate_up_proj=parameter(2, 8, 12)),
+        other=parameter(8, 4),
+    )
+    found = routes_of(
+        model, axes={"other": "in_out"}, blocks={"c_attn.*": qkv_blocks(4, 2, dim="columns")}
+    )
+    assert {each.axes for each in found.values()} == {"in_out"}
+    assert "stored [in, out]" in found["experts.gate_up_proj"].reason
+    assert found["c_attn.weight"].blocks == Blocks((8, 8, 8), "columns")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": {"*.qkv.weight": 5}}, r"blocks .*layers\.0\.attn\.qkv\.weight .* 24 rows"),
+        ({"blocks": {"*.zzz": 2}}, r"blocks '\*\.zzz' matches no parameter"),
+        ({"blocks": {"lm_head.weight": 2}}, r"lm_head\.weight, which goes to AdamW \(output head"),
+        ({"axes": {"layers.0.attn.qkv.weight": "columns"}}, "Invalid axes='columns'"),
+    ],
+)
+def test_structures_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_param_groups(Decoder(), **options)
+
+
+def test_mla_projections_are_matrices_and_can_be_cut() -> None:
+    """DeepSeek's names: latent and rope rows of kv_a, keys and values of kv_b by head."""
+    heads, nope, rope, value, latent = 4, 6, 2, 5, 8
+    attention = Bag(
+        q_a_proj=nn.Linear(32, 12, bias=False),
+        q_b_proj=nn.Linear(12, heads * (nope + rope), bias=False),
+        kv_a_proj_with_mqa=nn.Linear(32, latent + rope, bias=False),
+        kv_b_proj=nn.Linear(latent, heads * (nope + value), bias=False),
+        o_proj=nn.Linear(heads * value, 32, bias=False),
+    )
+    found = routes_of(
+        Bag(layers=nn.ModuleList([attention])),
+        blocks={
+            "*.q_b_proj.weight": Blocks((nope, rope), repeats=heads),
+            "*.kv_a_proj_with_mqa.weight": (latent, rope),
+            "*.kv_b_proj.weight": Blocks((nope, value), repeats=heads),
+        },
+    )
+    assert {each.algorithm for each in found.values()} == {"muon"}
+    shapes = {
+        name.split(".")[2]: read_spec(name, r.shape, {"blocks": r.blocks}).orthogonalized
+        for name, r in found.items()
+    }
+    assert shapes == {
+        "q_a_proj": ((12, 32),),
+        "q_b_proj": ((24, 12), (8, 12)),
+        "kv_a_proj_with_mqa": ((8, 32), (2, 32)),
+        "kv_b_proj": ((24, 8), (20, 8)),
+        "o_proj": ((32, 20),),
+    }
 
 
 def test_an_override_of_frozen_parameters_only_is_refused() -> None:

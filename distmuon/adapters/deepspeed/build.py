@@ -13,12 +13,13 @@ from torch import nn
 from distmuon.adapters.deepspeed.config_check import check_config, check_version
 from distmuon.adapters.deepspeed.optimizer import ZeroOrtho
 from distmuon.errors import see
-from distmuon.layout import TensorSpec
+from distmuon.layout import read_spec
 from distmuon.ownership import assign
-from distmuon.param_groups import Decay, build_param_groups
+from distmuon.param_groups import BlocksByPattern, Decay, build_param_groups
+from distmuon.structure import Axes
 
 
-def from_model(
+def from_model(  # noqa: PLR0913 - build_param_groups' options beside its own
     model: nn.Module,
     lr: float = 1e-3,
     *,
@@ -26,6 +27,8 @@ def from_model(
     weight_decay: float = 0.1,
     decay: Decay = "weights",
     overrides: Mapping[str, str] | None = None,
+    blocks: BlocksByPattern | None = None,
+    axes: Mapping[str, Axes] | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
     **options: Any,
 ) -> ZeroOrtho:
@@ -41,6 +44,8 @@ def from_model(
         weight_decay: As `distmuon.build_param_groups`.
         decay: As `distmuon.build_param_groups`.
         overrides: As `distmuon.build_param_groups`.
+        blocks: As `distmuon.build_param_groups`.
+        axes: As `distmuon.build_param_groups`.
         config: DeepSpeed's configuration, a dictionary or a JSON file, if it is to be checked here
             and now for what this optimizer cannot do.
         **options: As `ZeroOrtho`.
@@ -63,7 +68,14 @@ def from_model(
         )
     if config is not None:
         check_config(config)
-    groups = build_param_groups(model, weight_decay=weight_decay, decay=decay, overrides=overrides)
+    groups = build_param_groups(
+        model,
+        weight_decay=weight_decay,
+        decay=decay,
+        overrides=overrides,
+        blocks=blocks,
+        axes=axes,
+    )
     return ZeroOrtho(arrange(groups, adam_lr), lr=lr, **options)
 
 
@@ -102,6 +114,6 @@ def _split_experts(group: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _in_cheap_order(group: dict[str, Any], world_size: int) -> dict[str, Any]:
     if group["algorithm"] != "muon" or "moe" in group:
         return group
-    specs = [TensorSpec(name, tuple(p.shape)) for name, p in group["params"]]
+    specs = [read_spec(name, p.shape, group) for name, p in group["params"]]
     order = assign(specs, world_size).order
     return {**group, "params": [group["params"][index] for index in order]}

@@ -19,12 +19,13 @@ from distmuon.adapters.deepspeed.partition import (
     first_difference,
     new_state,
     open_partition,
+    refuse_companion,
     refuse_zero3,
 )
 from distmuon.adapters.deepspeed.stepping import prepare, settle, update
 from distmuon.collectives import Communicator
 from distmuon.errors import see
-from distmuon.group_check import check_group
+from distmuon.group_check import PLAIN_READING, read_group, refuse_other_structure
 from distmuon.options import ALGORITHMS, NsDtype, read_options
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan
@@ -99,6 +100,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             "ns_steps": ns_steps,
             "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
+            **PLAIN_READING,
             "betas": betas,
             "eps": eps,
         }
@@ -108,11 +110,10 @@ class ZeroOrtho(torch.optim.Optimizer):
             named = list(group["params"])
             for name, parameter in named:
                 refuse_zero3(name, parameter)
-            check_group({**defaults, **group, "params": named}, index)
-            rest = {key: value for key, value in group.items() if key not in ("params", "reasons")}
-            # DeepSpeed shows step() one group at a time, and torch restores the keys of a group
-            # from the checkpoint: a number in the group says which one it is.
-            plain.append({**rest, "params": [p for _, p in named], "index": index})
+            refuse_companion(group, index)
+            checked, _ = read_group({**group, "params": named}, index, defaults, {})
+            # step() sees one group at a time, with a checkpoint's keys: a number says which it is.
+            plain.append({**checked, "params": [p for _, p in named], "index": index})
             self._named.append(named)
         self._wave_numel = wave_bytes // 4
         self.momentum_key: MomentumKey = momentum_key
@@ -257,8 +258,8 @@ class ZeroOrtho(torch.optim.Optimizer):
             skipped=0,
             rank=first.rank,
             world_size=first.world_size,
-            matrices=sum(len(plan.ownership.owners) for plan in plans),
-            matrices_owned=sum(len(plan.owned) for plan in plans),
+            matrices=sum(sum(plan.ownership.counts()) for plan in plans),
+            matrices_owned=sum(plan.ownership.counts()[plan.rank] for plan in plans),
             newton_schulz_calls=self._calls,
             newton_schulz_expected=self._expected,
             newton_schulz_flops=self._flops,
@@ -388,6 +389,7 @@ class ZeroOrtho(torch.optim.Optimizer):
                 + see("state-mismatch")
             )
         for here, there in zip(self._all_groups, saved, strict=True):
+            refuse_other_structure(here, there, f"Group {here['index']}")
             difference = first_difference(self._partitions[here["index"]].place(), there)
             if difference is not None:
                 raise ValueError(

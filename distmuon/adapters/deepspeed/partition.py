@@ -23,8 +23,8 @@ from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
 from distmuon.collectives import Communicator
 from distmuon.errors import see
 from distmuon.exchange import Exchange
-from distmuon.layout import Layout, TensorSpec
-from distmuon.options import Algorithm
+from distmuon.layout import Layout, read_spec
+from distmuon.options import ALGORITHMS, Algorithm
 from distmuon.ownership import assign_fixed
 from distmuon.shard import Range
 from distmuon.split_exchange import SplitExchange
@@ -120,13 +120,34 @@ def refuse_zero3(name: str, parameter: Tensor) -> None:
         )
 
 
-def read_layout(named: Named, flat: Tensor, world_size: int) -> tuple[Layout, Named]:
+def refuse_companion(group: Mapping[str, Any], index: int) -> None:
+    """Refuse an optimizer class in AdamW's place: DeepSpeed would not know its state.
+
+    Args:
+        group: A parameter group.
+        index: Its position, for the message.
+
+    Raises:
+        ValueError: if it has one.
+    """
+    algorithm = group.get("algorithm", "muon")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"Group {index} has {algorithm=}. Inside DeepSpeed it must be one of {ALGORITHMS}."
+            + see("bad-group")
+        )
+
+
+def read_layout(
+    named: Named, flat: Tensor, world_size: int, group: Mapping[str, Any]
+) -> tuple[Layout, Named]:
     """Read where the parameters of a group lie in its flat buffer.
 
     Args:
         named: The group's parameters as (FQN, parameter), in any order.
         flat: [shard_numel], this rank's fp32 partition.
         world_size: Number of partitions.
+        group: Says how its matrices are read.
 
     Returns:
         The layout, and the parameters in its order.
@@ -156,7 +177,7 @@ def read_layout(named: Named, flat: Tensor, world_size: int) -> tuple[Layout, Na
     ordered = sorted(named, key=lambda entry: entry[1].storage_offset())
     base = ordered[0][1].storage_offset()
     layout = Layout(
-        tuple(TensorSpec(name, tuple(p.shape)) for name, p in ordered),
+        tuple(read_spec(name, p.shape, group) for name, p in ordered),
         tuple(int(p.storage_offset()) - int(base) for _, p in ordered),
         world_size,
         flat.numel(),
@@ -188,7 +209,7 @@ def open_partition(
         ValueError: if parameters and partition do not fit together, saying how.
     """
     rank, algorithm, flat = communicator.rank, group["algorithm"], group["params"][0]
-    layout, ordered = read_layout(named, flat, communicator.world_size)
+    layout, ordered = read_layout(named, flat, communicator.world_size, group)
     parameters = tuple(parameter for _, parameter in ordered)
     ownership = assign_fixed(layout) if algorithm == "muon" else None
     spec = BucketSpec(algorithm, parameters, (0,) * len(parameters), layout, ownership)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distmuon.adapters.deepspeed.optimizer import ZeroOrtho
 from distmuon.adapters.deepspeed.partition import PLACE, Partition
 from distmuon.errors import see
+from distmuon.layout import read_spec
 
 _FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
@@ -122,12 +123,14 @@ def _locate(partition: Partition, saved: Mapping[str, Any]) -> list[_Piece]:
     places = {name: _Piece(shape, offset) for name, shape, offset in rows}
     specs = partition.bucket.spec.layout.specs
     for spec in specs:
-        there = places.get(spec.name)
-        if there is None or tuple(there.shape) != spec.shape:
+        place = places.get(spec.name)
+        there = None if place is None else read_spec(spec.name, place.shape, group)
+        if there != spec:
+            words = "it is missing" if there is None else f"{list(there.shape)}{there.reading}"
             raise ValueError(
-                f"{spec.name} is {list(spec.shape)} here, and in group {partition.number} of the "
-                f"checkpoint {there.shape if there else 'it is missing'}. Build the same model and "
-                "route it the same way." + see("state-mismatch")
+                f"{spec.name} is {list(spec.shape)}{spec.reading} here, and in group "
+                f"{partition.number} of the checkpoint {words}. Build the same model and route it "
+                "the same way." + see("state-mismatch")
             )
     if len(places) > len(specs):
         extra = sorted(places.keys() - {spec.name for spec in specs})

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -317,3 +318,13 @@ def test_the_bar_shows_every_figure_in_80_columns() -> None:
     shown = console.export_text()
     assert "333/800" in shown
     assert "loss 1.7151 lr 5.1e-03 124,423 tok/s optimizer 122.6 ms eta" in shown
+
+
+@pytest.mark.skipif(find_spec("pytorch_optimizer") is None, reason="needs distmuon[compare]")
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_second_derivatives_reach_an_optimizer_that_takes_them() -> None:
+    run = trainer("optimizer.name=sophia", "optimizer.lr=0.01")
+    losses = [run.step(step).loss for step in range(3)]
+    assert losses[-1] < losses[0]
+    weight = next(run.model.parameters())
+    assert float(run.optimizer.state[weight]["hessian_moment"].abs().sum()) > 0
