@@ -1,5 +1,6 @@
 """Muon with ZeRO-1: one owner orthogonalizes each matrix once, from its whole momentum."""
 
+from distmuon import recipes
 from distmuon.cost import CostModel
 from distmuon.failure import RankFailure
 from distmuon.grad_scaler import GradScaler
@@ -24,5 +25,6 @@ __all__ = [
     "build_param_groups",
     "orthogonalize",
     "qkv_blocks",
+    "recipes",
     "summarize",
 ]

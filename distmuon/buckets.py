@@ -17,10 +17,11 @@ from distmuon.companion import find_companion
 from distmuon.cost import default_cost_model
 from distmuon.errors import see
 from distmuon.exchange import Exchange
-from distmuon.layout import Layout, TensorSpec, flat_layout, read_spec
-from distmuon.options import Algorithm, GroupOptions, Policy
+from distmuon.layout import Layout, Segment, TensorSpec, flat_layout, read_spec
+from distmuon.options import MATRIX_ALGORITHMS, Algorithm, GroupOptions, Policy
 from distmuon.ownership import Ownership
 from distmuon.plan import ExchangePlan, build_plan, describe
+from distmuon.row_state import RowLayout, row_shape, rows_at_owners
 from distmuon.shard import Range, Shard
 from distmuon.split_exchange import SplitExchange
 from distmuon.update_rules import shape_factor
@@ -30,8 +31,21 @@ RangeT_co = TypeVar("RangeT_co", bound=Range, covariant=True, default=Shard)
 
 STATE_NAMES: dict[Algorithm, tuple[str, ...]] = {
     "muon": ("momentum_buffer",),
+    "normuon": ("momentum_buffer", "second_momentum_buffer"),
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
+# One value per row of a matrix, at its owner; all other state has the parameter's shape.
+ROW_STATE = ("second_momentum_buffer",)
+
+
+def state_shape(state: str, spec: TensorSpec) -> tuple[int, ...]:
+    """Shape of a parameter's state.
+
+    Args:
+        state: Its name.
+        spec: The parameter, and how it is read.
+    """
+    return row_shape(spec) if state in ROW_STATE else spec.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,7 @@ class BucketSpec:
         groups: Index in `param_groups` of each parameter's group.
         layout: Where the parameters lie.
         ownership: Who orthogonalizes what; None for elementwise rules.
+        row_places: Where values per row lie; None for rules without.
     """
 
     algorithm: Algorithm
@@ -51,6 +66,7 @@ class BucketSpec:
     groups: tuple[int, ...]
     layout: Layout
     ownership: Ownership | None
+    row_places: RowLayout | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,6 +77,17 @@ class BucketSpec:
     def numel(self) -> int:
         """Elements of all parameters, without alignment."""
         return sum(spec.numel for spec in self.layout.specs)
+
+    def places(self, state: str) -> Layout | RowLayout:
+        """Where a state lies; the fp32 "master" too.
+
+        Args:
+            state: Its name.
+        """
+        if state not in ROW_STATE:
+            return self.layout
+        assert self.row_places is not None, "only rules with values per row have such state"
+        return self.row_places
 
     def lines(self, options: Sequence[GroupOptions]) -> list[str]:
         """What every rank must have alike.
@@ -115,6 +142,14 @@ class Bucket(Generic[RangeT_co]):
     exchange: Exchange | None
     split: SplitExchange | None
 
+    def segments(self, state: str) -> tuple[Segment, ...]:
+        """What this rank holds of a state, in the order of its buffer.
+
+        Args:
+            state: Its name.
+        """
+        return self.spec.places(state).segments(self.shard.rank)
+
     @property
     def owned(self) -> tuple[int, ...]:
         """For each matrix or block that this rank orthogonalizes, its parameter's index."""
@@ -163,11 +198,11 @@ def specify(
     result = []
     # AdamW first: its parameters travel while Newton-Schulz is computing.
     for (algorithm, dtype, device), entries in sorted(
-        members.items(), key=lambda m: m[0][0] == "muon"
+        members.items(), key=lambda m: m[0][0] in MATRIX_ALGORITHMS
     ):
         tensors = [read_spec(names[p], p.shape, groups[index]) for index, p in entries]
         ownership = None
-        if algorithm == "muon":
+        if algorithm in MATRIX_ALGORITHMS:
             ownership = choose(
                 tensors,
                 world_size,
@@ -179,6 +214,9 @@ def specify(
             )
         layout = ownership.parameters if ownership else flat_layout(tensors, world_size)
         order = ownership.order if ownership else range(len(entries))
+        row_places = None
+        if ownership and set(ROW_STATE) & set(STATE_NAMES[algorithm]):
+            row_places = rows_at_owners(layout, ownership.members, ownership.owners)
         result.append(
             BucketSpec(
                 algorithm,
@@ -186,6 +224,7 @@ def specify(
                 tuple(entries[i][0] for i in order),
                 layout,
                 ownership,
+                row_places,
             )
         )
     return result
@@ -208,7 +247,8 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
         The bucket, its state zero.
     """
     rank = communicator.rank
-    shard = Shard(spec.layout, rank, spec.parameters, state_names(spec.algorithm))
+    state = {name: spec.places(name).shard_numel for name in state_names(spec.algorithm)}
+    shard = Shard(spec.layout, rank, spec.parameters, state)
     plan = spec.plan(rank, policy.wave_numel)
     if plan is None:
         return Bucket(spec, shard, None, None, None)

@@ -66,7 +66,7 @@ def _in_row(row: int, shape: tuple[int, ...], start: int, stop: int) -> Iterator
 
 
 class StateHandle(Tensor):
-    """A state tensor's name, shape and dtype, and the range of it that this rank holds.
+    """A state tensor's name, shape and dtype, and the ranges of it that this rank holds.
 
     [Note: handles] To torch it is a tensor of the whole shape without data, to
     torch.distributed.checkpoint a list of rectangles that are views of the optimizer's buffers
@@ -76,35 +76,39 @@ class StateHandle(Tensor):
 
     Attributes:
         label: What it is called in messages.
-        start: First element of the range in the row-major tensor.
-        local: [n], the range; a view of the optimizer's buffer. Empty if the rank has none of it.
+        ranges: Of the row-major tensor's elements, ascending; none if the rank has nothing of it.
+        local: [n], those elements; a view of the optimizer's buffer.
     """
 
     label: str
-    start: int
+    ranges: tuple[range, ...]
     local: Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, label: str, shape: Sequence[int], start: int, local: Tensor) -> StateHandle:
+    def __new__(
+        cls, label: str, shape: Sequence[int], ranges: Sequence[range], local: Tensor
+    ) -> StateHandle:
         """Make a tensor of this shape without data."""
         handle: StateHandle = Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=local.dtype, device=local.device
         )
         return handle
 
-    def __init__(self, label: str, shape: Sequence[int], start: int, local: Tensor) -> None:
-        """Describe a range.
+    def __init__(
+        self, label: str, shape: Sequence[int], ranges: Sequence[range], local: Tensor
+    ) -> None:
+        """Describe what a rank holds.
 
         Args:
             label: What to call it in messages.
             shape: Of the whole tensor.
-            start: First element of the range in the row-major tensor.
-            local: [n], the range.
+            ranges: Of the row-major tensor's elements, ascending.
+            local: [n], those elements.
         """
         super().__init__()
-        self.label, self.start, self.local = label, start, local
+        self.label, self.ranges, self.local = label, tuple(ranges), local
 
     @classmethod
     @override
@@ -137,30 +141,25 @@ class StateHandle(Tensor):
                 )
 
     def _with(self, local: Tensor) -> StateHandle:
-        return StateHandle(self.label, self.shape, self.start, local)
+        return StateHandle(self.label, self.shape, self.ranges, local)
 
     def _take(self, other: StateHandle) -> StateHandle:
         if not self.covers_as(other):
             raise ValueError(
-                f"{other!r} covers another range than {self!r}." + see("partial-state")
+                f"{other!r} covers other elements than {self!r}." + see("partial-state")
             )
         self.local.copy_(other.local)
         return self
 
     def covers_as(self, other: StateHandle) -> bool:
-        """Whether another handle is of the same range of the same shape."""
-        return (self.shape, self.start, self.local.numel()) == (
-            other.shape,
-            other.start,
-            other.local.numel(),
-        )
+        """Whether another handle is of the same elements of the same shape."""
+        return (self.shape, self.ranges) == (other.shape, other.ranges)
 
     @override
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        stop = self.start + self.local.numel()
         return (
             f"StateHandle({self.label}, shape {list(self.shape)}, this rank's elements "
-            f"{self.start} to {stop})"
+            f"{describe_ranges(self.ranges)})"
         )
 
     @override
@@ -172,10 +171,11 @@ class StateHandle(Tensor):
 
     def _pieces(self) -> Iterator[tuple[Box, Tensor]]:
         position = 0
-        for box in boxes(self.shape, self.start, self.start + self.local.numel()):
-            numel = math.prod(box.sizes)
-            yield box, self.local[position : position + numel].view(box.sizes)
-            position += numel
+        for held in self.ranges:
+            for box in boxes(self.shape, held.start, held.stop):
+                numel = math.prod(box.sizes)
+                yield box, self.local[position : position + numel].view(box.sizes)
+                position += numel
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         """What this rank writes; called by torch.distributed.checkpoint.
@@ -231,6 +231,11 @@ class StateHandle(Tensor):
             f"{index.fqn} has no piece at {index.offset} on this rank: {self!r}."
             + see("partial-state")
         )
+
+
+def describe_ranges(ranges: Sequence[range]) -> str:
+    """Ranges of elements for a person: "3 to 12, 20 to 24", or "none"."""
+    return ", ".join(f"{held.start} to {held.stop}" for held in ranges) or "none"
 
 
 _WAYS_OUT = (

@@ -187,7 +187,7 @@ class Engine:
         for index, (bucket, update) in enumerate(zip(self.buckets, ready.updates, strict=True)):
             active = [next(agreed) for _ in bucket.spec.parameters]
             probe = observer.before(index, update, active)
-            if bucket.spec.algorithm == "muon":
+            if bucket.spec.ownership is not None:
                 work = muon_step(bucket, update, active, ready.options, self.clock, probe)
                 self.calls += work.matrices
                 self.expected += sum(active[i] for i in bucket.owned)
@@ -308,7 +308,12 @@ class Engine:
 
         Returns:
             The norm before, a scalar.
+
+        Raises:
+            ValueError: if `max_norm` is not positive.
         """
+        if not max_norm > 0:
+            raise ValueError(f"Invalid {max_norm=}. Must be > 0." + see("bad-option"))
         with self._communicator.during(Topic("clip", None, self._names)):
             self.norms = gradient_norms(self.source, self.buckets, self._communicator)
         total = self.norms.total

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.layout import read_spec
-from distmuon.options import read_options
+from distmuon.more_options import MORE_DEFAULTS
+from distmuon.options import MATRIX_ALGORITHMS, read_options
 from distmuon.orthogonalize.coefficients import resolve
+from distmuon.row_state import refuse_cut_rows
 from distmuon.structure import read_blocks
 
 # How a group's matrices are read if it does not say.
@@ -140,9 +142,9 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
         ) from None
     for name, parameter in group["params"]:
         _check_parameter(name, parameter)
-        if options.algorithm == "muon":
+        if options.algorithm in MATRIX_ALGORITHMS:
             _check_matrix(name, parameter, group)
-    if options.algorithm != "muon" and options.blocks is not None:
+    if options.algorithm not in MATRIX_ALGORITHMS and options.blocks is not None:
         raise ValueError(
             f"Group {index} has blocks={tuple(options.blocks)} and algorithm="
             f"{options.algorithm!r}, which works element by element. Only Muon cuts matrices."
@@ -241,7 +243,7 @@ def require_muon(groups: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: if there is none.
     """
-    if not any(group["params"] for group in groups if group["algorithm"] == "muon"):
+    if not any(g["params"] for g in groups if g["algorithm"] in MATRIX_ALGORITHMS):
         raise ValueError(
             'No parameter is routed to Muon: every group is empty or has algorithm="adamw". '
             "Use torch.optim.AdamW if that is meant, or give at least one group of matrices "
@@ -321,10 +323,10 @@ _KEYS = (
     "ns_steps",
     "ns_dtype",
     "adjust_lr_fn",
-    "axes",
-    "blocks",
+    *PLAIN_READING,
     "betas",
     "eps",
+    *MORE_DEFAULTS,
     "reasons",
 )
 
@@ -394,4 +396,4 @@ def _check_matrix(name: str, parameter: Tensor, group: Mapping[str, Any]) -> Non
             '[E, m, n] of them, and kernels in groups with axes="conv"; give it algorithm="adamw" '
             "(build_param_groups routes for you)." + see("routing")
         )
-    read_spec(name, parameter.shape, group)
+    refuse_cut_rows(read_spec(name, parameter.shape, group), group["algorithm"])

@@ -10,6 +10,7 @@ for a sum, at momentum 0.95, would be outweighed twentyfold by the first gradien
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,8 +23,13 @@ from distmuon.group_check import canonical_name
 from distmuon.optimizer import Muon
 
 MomentumConvention = Literal["ema", "sum"]
+AdamWMatrices = Literal["refuse", "momentum"]
 
-_KEYS = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+_KEYS = {
+    "muon": ("momentum_buffer",),
+    "normuon": ("momentum_buffer", "second_momentum_buffer"),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+}
 _MOONLIGHT = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 _TARGETS = {torch.optim.Muon: "muon", torch.optim.AdamW: "adamw"}
 
@@ -69,6 +75,7 @@ def import_state_dict(
     optimizer: Muon,
     *state_dicts: Mapping[str, Any],
     momentum_convention: MomentumConvention = "ema",
+    adamw_matrices: AdamWMatrices = "refuse",
 ) -> None:
     """Go on from other optimizers' state. Hyperparameters stay this optimizer's own.
 
@@ -80,12 +87,23 @@ def import_state_dict(
             "param_names" in their groups, or brought to that by `with_names`.
         momentum_convention: Of their Muon momentum: "ema" (torch.optim.Muon, Keller Jordan's
             repository) or "sum" (Moonlight, Keller Jordan's first version).
+        adamw_matrices: Of a matrix that AdamW has trained and Muon is to train from here on:
+            "refuse", or "momentum" to begin with AdamW's first moment, an average of gradients too.
+
+    Warns:
+        UserWarning: on rank 0, if there are such matrices. Fine-tuning with Muon what AdamW has
+            trained brought no gain (Moonlight, arXiv 2502.16982, table 7).
 
     Raises:
         ValueError: for state that is missing, twice there, of another rule, misshaped or of an
             unknown parameter, naming it; nothing has been changed then.
     """
     _check_convention(momentum_convention)
+    if adamw_matrices not in get_args(AdamWMatrices):
+        raise ValueError(
+            f"Invalid {adamw_matrices=}. Must be one of {get_args(AdamWMatrices)}."
+            + see("bad-option")
+        )
     found: dict[str, Mapping[str, Any]] = {}
     for position, state_dict in enumerate(state_dicts):
         for name, entry in _by_name(state_dict, position).items():
@@ -101,12 +119,28 @@ def import_state_dict(
             f"There is state of {foreign[:3]} ({len(foreign)} such parameters), which this "
             "optimizer does not have. Build it over the same parameters." + see("state-mismatch")
         )
+    entries = {each.name: found.get(canonical_name(each.name), {}) for each in known}
+    changed = []
+    for each in known if adamw_matrices == "momentum" else ():
+        first = _first_moment(each, entries[each.name])
+        if first is not None:
+            entries[each.name] = first
+            changed.append(each.name)
     state = {
-        each.name: _read(each, found.get(canonical_name(each.name), {}), momentum_convention)
+        each.name: entries[each.name]
+        if each.name in changed
+        else _read(each, entries[each.name], momentum_convention)
         for each in known
     }
     groups = [{**group, "params": group["param_names"]} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if changed and optimizer.communicator.rank == 0:
+        warnings.warn(
+            f"{len(changed)} matrices ({changed[0]}, ...) were trained by AdamW so far and are "
+            "Muon's now. In Moonlight's table 7 fine-tuning such weights with Muon brought no gain "
+            "over AdamW: compare the two on your data." + see("state-mismatch"),
+            stacklevel=2,
+        )
 
 
 def export_state_dict(
@@ -202,6 +236,20 @@ def _by_name(state_dict: Mapping[str, Any], position: int) -> dict[str, Mapping[
     return found
 
 
+def _first_moment(known: _Known, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """AdamW's first moment as the momentum of a matrix; None for what is not AdamW's matrix."""
+    if known.algorithm == "adamw" or "momentum_buffer" in entry:
+        return None
+    first = entry.get("exp_avg", entry.get("moment1"))
+    if not isinstance(first, Tensor):
+        return None
+    state = {"momentum_buffer": first}
+    if known.algorithm == "normuon":
+        # Its scale cancels, so nothing is lost by starting from zero.
+        state["second_momentum_buffer"] = torch.zeros_like(first[..., :1])
+    return state
+
+
 def _read(
     known: _Known, entry: Mapping[str, Any], convention: MomentumConvention
 ) -> dict[str, Any]:
@@ -210,8 +258,8 @@ def _read(
     if any(key not in entry for key in keys):
         raise ValueError(
             f"The state of {known.name} has {sorted(entry)}. {known.algorithm} needs {list(keys)}: "
-            "give all dictionaries of a run, and route its parameters as there."
-            + see("state-mismatch")
+            "give all dictionaries of a run, and route its parameters as there. What AdamW has "
+            'trained can go on with Muon: adamw_matrices="momentum".' + see("state-mismatch")
         )
     if "max_exp_avg_sq" in entry:
         raise ValueError(
@@ -219,7 +267,7 @@ def _read(
             + see("state-mismatch")
         )
     state = {key: entry[key] for key in keys}
-    if known.algorithm == "muon" and convention == "sum":
+    if known.algorithm != "adamw" and convention == "sum":
         total = state["momentum_buffer"]
         wide = torch.promote_types(total.dtype, torch.float32)
         state["momentum_buffer"] = total.to(wide) * (1 - known.momentum)
@@ -246,4 +294,7 @@ def _write(known: _Known, convention: MomentumConvention) -> dict[str, Any]:
         step = torch.tensor(float(known.state["step"]))
         return {"step": step} | {key: each.clone() for key, each in tensors.items()}
     scale = 1 / (1 - known.momentum) if convention == "sum" else 1.0
-    return {key: each * scale for key, each in tensors.items()}
+    return {
+        key: each * scale if key == "momentum_buffer" else each.clone()
+        for key, each in tensors.items()
+    }

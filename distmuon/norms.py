@@ -41,10 +41,13 @@ def gradient_norms(
         The norms, equal on every rank.
     """
     source.present()  # sends what is still to be sent
-    squares = {"muon": 0.0, "adamw": 0.0}
+    muon = adamw = 0.0
     for bucket, grad in zip(buckets, source.read(), strict=True):
         norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        squares["muon" if bucket.spec.algorithm == "muon" else "adamw"] += float(norm) ** 2
+        if bucket.spec.ownership is not None:
+            muon += float(norm) ** 2
+        else:
+            adamw += float(norm) ** 2
     device = buckets[0].shard.master.device
-    muon, adamw = communicator.add_up_reals([squares["muon"], squares["adamw"]], device)
+    muon, adamw = communicator.add_up_reals([muon, adamw], device)
     return GradientNorms(math.sqrt(muon + adamw), math.sqrt(muon), math.sqrt(adamw))

@@ -143,7 +143,7 @@ class StepObserver(Observer):
                     betas=self._options[group].betas,
                     eps=self._options[group].eps,
                 )
-            elif bucket.spec.algorithm != "muon":
+            elif bucket.spec.ownership is None:
                 made = torch.full_like(made[:1], math.nan)  # only the class knows its update
             self._squares[group][1] += square_sum(made)
             self._squares[group][2] += square_sum(shard.master[start:stop])

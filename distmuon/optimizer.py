@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from distmuon import agreement, group_check
 from distmuon.buckets import Bucket, BucketSpec, specify
@@ -18,6 +18,7 @@ from distmuon.cost import CostModel
 from distmuon.engine import Engine
 from distmuon.errors import see
 from distmuon.layout import LayoutChoice
+from distmuon.more_options import MoreOptions, complete
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind, Wire
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
@@ -42,7 +43,6 @@ class Muon(torch.optim.Optimizer):
     them into my momentum; fetch the missing pieces of the matrices I own; orthogonalize each of
     those once; return the pieces; apply decay and update to my range; publish the parameters.
     Given equal averaged gradients the parameters are bitwise those of one process (fp32, CPU).
-
     Without a process group nothing is sent. At the first step parameters become views of buffers.
 
     Attributes:
@@ -81,12 +81,13 @@ class Muon(torch.optim.Optimizer):
         diagnostics_every: int = 0,
         qk_clip: QKClip | None = None,
         wire: Wire = "full",
+        **more: Unpack[MoreOptions],
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
 
         Args:
             params: Groups from `build_param_groups`, or any of torch's forms. `algorithm` is "muon"
-                (the default: matrices [m, n] or stacks [E, m, n]), "adamw" or a class. All other
+                (default: matrices [m, n] or stacks [E, m, n]), "normuon", "adamw" or a class. All
                 arguments but `process_group` can be set per group; "axes" and "blocks" too.
             lr: Learning rate; with the default scaling AdamW's carries over.
             weight_decay: Decoupled decay per unit of lr.
@@ -94,11 +95,11 @@ class Muon(torch.optim.Optimizer):
             nesterov: Whether to look ahead.
             ns_coefficients: A preset's name or numbers. "auto" leaves singular values in [0.98,
                 1.01] ("halley" on CPUs, else "p5"), torch's own "keller" in [0.68, 1.20].
-            eps: Offset of AdamW's denominator. Newton-Schulz needs none: scale does not matter.
+            eps: Offset of AdamW's and NorMuon's denominators. Newton-Schulz needs none.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
             ns_dtype: Dtype of the Newton-Schulz products; None: fp32 on CPUs.
-            betas: AdamW's moment decays.
+            betas: AdamW's moment decays; the second is NorMuon's too.
             process_group: Data-parallel ranks to shard over; None for one process.
             layout: "flat" cuts equal shards and moves what drifted over a border; "aligned" moves
                 nothing and pads the shards; "auto" predicts the faster one (`plan[i].reason`).
@@ -118,12 +119,12 @@ class Muon(torch.optim.Optimizer):
             profile: "phases" times the phases of a step for `report()`.
             diagnostics_every: Steps between two looks at the updates (docs/diagnostics.md).
             qk_clip: Attention layers whose logits are clipped (docs/qk-clip.md).
-            wire: "bfloat16" halves the bytes of the exchange, and rounds (docs/sharding.md).
+            wire: "bfloat16" halves the exchange's bytes, and rounds (docs/sharding.md).
+            **more: `decay_rule`, `max_update_rms`; see `distmuon.more_options`.
 
         Raises:
-            ValueError: for a value out of range, a parameter in two groups, a frozen parameter,
-                a shape Muon cannot take, or no Muon parameter at all.
-            TypeError: for a wrong type, or a sparse, complex or distributed tensor.
+            ValueError: for a value out of range, a parameter that is frozen or in two groups, a
+                shape Muon cannot take, or no matrix; TypeError for a wrong type of anything.
         """
         last = layout, cost_model, max_split, split_dtype, profile, diagnostics_every, wire
         self.policy = Policy(
@@ -148,6 +149,7 @@ class Muon(torch.optim.Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             **group_check.PLAIN_READING,
             "betas": betas,
+            **complete(more),
         }
         super().__init__(params, defaults)
         group_check.require_muon(self.param_groups)
@@ -277,8 +279,6 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ValueError: if `max_norm` is not positive.
         """
-        if not max_norm > 0:
-            raise ValueError(f"Invalid {max_norm=}. Must be > 0." + see("bad-option"))
         return self._open().check_averaged().clip(max_norm)
 
     @property

@@ -13,15 +13,18 @@ from distmuon.companion import find_companion
 from distmuon.cost import CostModel
 from distmuon.errors import see, with_entry
 from distmuon.layout import LayoutChoice, LayoutKind
+from distmuon.more_options import read_more
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
 from distmuon.splits import Sharing, SplitDtype
 from distmuon.structure import Axes, Blocks, read_blocks
-from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
+from distmuon.update_rules import AdjustLrFn, DecayRule, adjust_lr_factor
 
 # One of those below, or the name of an elementwise optimizer class: companion.py.
 Algorithm = str
-ALGORITHMS: tuple[Algorithm, ...] = ("muon", "adamw")
+ALGORITHMS: tuple[Algorithm, ...] = ("muon", "normuon", "adamw")
+# Those that need whole matrices, and so owners; the others are elementwise.
+MATRIX_ALGORITHMS: tuple[Algorithm, ...] = ("muon", "normuon")
 Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip", "propagate"]
 MissingGrad = Literal["raise", "zero"]
@@ -46,10 +49,10 @@ class GroupOptions:
     """What the update rules read from a parameter group; names as in torch.optim.
 
     Attributes:
-        algorithm: "muon", "adamw", or an elementwise optimizer class.
+        algorithm: "muon", "normuon", "adamw", or an elementwise optimizer class.
         lr: Learning rate.
         weight_decay: Decoupled decay per unit of lr.
-        momentum: Decay of Muon's momentum average.
+        momentum: Decay of Muon's and NorMuon's momentum average.
         nesterov: Whether Muon looks ahead.
         ns_coefficients: Newton-Schulz coefficients: a preset's name, a triple or several.
         ns_steps: Newton-Schulz iterations; None takes the preset's own number.
@@ -57,8 +60,10 @@ class GroupOptions:
         adjust_lr_fn: Shape scaling of Muon's update.
         axes: What the dimensions of Muon's matrices stand for.
         blocks: Where each matrix is cut into blocks that are orthogonalized apart.
-        betas: AdamW's moment decays.
-        eps: AdamW's denominator offset.
+        betas: AdamW's moment decays; the second is NorMuon's too.
+        eps: Denominator offset of AdamW and NorMuon.
+        decay_rule: Which elements are decayed; see `distmuon.more_options`.
+        max_update_rms: Bound on a matrix's update; see `distmuon.more_options`.
     """
 
     algorithm: Algorithm
@@ -74,6 +79,8 @@ class GroupOptions:
     blocks: Blocks | None
     betas: tuple[float, float]
     eps: float
+    decay_rule: DecayRule
+    max_update_rms: float | None
 
     def describe(self) -> str:
         """All values in a form that is equal on ranks whose options are; callables by name."""
@@ -224,6 +231,12 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         raise TypeError(
             f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
         )
+    eps = _number(group, "eps", index)
+    if algorithm == "normuon" and eps == 0:
+        raise ValueError(
+            f"Invalid {eps=} in group {index}. Must be > 0 with NorMuon: rows may be 0."
+            + see("bad-option")
+        )
     return GroupOptions(
         algorithm=algorithm,
         lr=_number(group, "lr", index),
@@ -240,7 +253,8 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
             _number({"betas[0]": betas[0]}, "betas[0]", index, below=1.0),
             _number({"betas[1]": betas[1]}, "betas[1]", index, below=1.0),
         ),
-        eps=_number(group, "eps", index),
+        eps=eps,
+        **read_more(group, index),
     )
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -31,15 +31,24 @@ from distmuon.routing import (
 )
 from distmuon.structure import Axes, Blocks, read_blocks
 
-__all__ = ["BlocksByPattern", "Decay", "Route", "build_param_groups", "format_routes", "route"]
+__all__ = [
+    "BlocksByPattern",
+    "Decay",
+    "MatrixRule",
+    "Route",
+    "build_param_groups",
+    "format_routes",
+    "route",
+]
 
 Decay = Literal["weights", "all"]
+MatrixRule = Literal["muon", "normuon"]
 BlocksByPattern = Mapping[str, int | Sequence[int] | Blocks]
 
 _UNDECAYED: frozenset[Kind] = frozenset({"norm", "bias", "vector"})
 
 
-def build_param_groups(
+def build_param_groups(  # noqa: PLR0913 - a keyword for each choice that users make
     model: nn.Module,
     *,
     weight_decay: float = 0.1,
@@ -48,6 +57,8 @@ def build_param_groups(
     blocks: BlocksByPattern | None = None,
     axes: Mapping[str, Axes] | None = None,
     companion: str = "adamw",
+    matrices: MatrixRule = "muon",
+    adam_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for `distmuon.Muon`.
 
@@ -61,6 +72,8 @@ def build_param_groups(
         axes: How matrices are stored.
         companion: The algorithm of all that does not go to Muon: "adamw", or an elementwise
             optimizer class such as "torch.optim.SGD(momentum=0.9)".
+        matrices: Update rule of what is routed to Muon: "muon", or its variant "normuon".
+        adam_lr: Learning rate of AdamW's groups; None: the optimizer's, like Muon's.
 
     Returns:
         One group for each algorithm, decay and way to read matrices that occur together, Muon's
@@ -80,7 +93,12 @@ def build_param_groups(
         raise ValueError(f"Invalid {weight_decay=}. Must be >= 0.0 and finite." + see("bad-option"))
     if decay not in ("weights", "all"):
         raise ValueError(f'Invalid {decay=}. Must be "weights" or "all".' + see("bad-option"))
+    if matrices not in get_args(MatrixRule):
+        raise ValueError(
+            f"Invalid {matrices=}. Must be one of {get_args(MatrixRule)}." + see("bad-option")
+        )
 
+    rules = {"muon": matrices, "adamw": companion}
     entries = find_parameters(model)
     routes = _decide(entries, model, overrides, blocks, axes)
     groups: dict[tuple[Rule, float, Axes, Blocks | None], dict[str, Any]] = {}
@@ -93,12 +111,14 @@ def build_param_groups(
         if key not in groups:
             groups[key] = {
                 "params": [],
-                "algorithm": companion if found.algorithm == "adamw" else found.algorithm,
+                "algorithm": rules.get(found.algorithm, found.algorithm),
                 "weight_decay": rate,
                 **({} if found.axes == "out_in" else {"axes": found.axes}),
                 **({} if found.blocks is None else {"blocks": found.blocks}),
                 "reasons": [],
             }
+            if adam_lr is not None and key[0] == "adamw":
+                groups[key]["lr"] = adam_lr
         groups[key]["params"].append((found.fqn, entry.parameter))
         groups[key]["reasons"].append(found.reason)
     # One order whatever the model registers first: Muon's, then by decay.

@@ -75,18 +75,22 @@ def carry_state(
     """
     places = {p: (bucket, i) for bucket in before for i, p in enumerate(bucket.spec.parameters)}
     for bucket in after:
-        moves: list[tuple[Bucket, Move]] = []
+        kept: list[tuple[int, Bucket, int]] = []
         for index, parameter in enumerate(bucket.spec.parameters):
             old, place = places.get(parameter, (None, 0))
             if old is None or old.spec.algorithm != bucket.spec.algorithm:
                 continue
             bucket.shard.steps[index] = old.shard.steps[place]
-            cuts = old.spec.layout.holders(place), bucket.spec.layout.holders(index)
-            moves += [(old, move) for move in plan_moves(*cuts)]
+            kept.append((index, old, place))
         for name, tensor in bucket.shard.tensors.items():
-            topic = Topic("refresh", None, bucket.spec.names)
-            known = [each for each in moves if name in each[0].shard.tensors]
-            _carry(name, tensor, known, communicator, topic)
+            new = bucket.spec.places(name)
+            moves = [
+                (old, move)
+                for index, old, place in kept
+                if name in old.shard.tensors
+                for move in plan_moves(old.spec.places(name).holders(place), new.holders(index))
+            ]
+            _carry(name, tensor, moves, communicator, Topic("refresh", None, bucket.spec.names))
 
 
 def _carry(

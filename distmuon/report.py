@@ -96,7 +96,7 @@ def make_report(
     Returns:
         This rank's report.
     """
-    muon = [spec for spec in specs if spec.algorithm == "muon"]
+    muon = [spec for spec in specs if spec.ownership is not None]
     counts = [spec.ownership.counts() for spec in muon if spec.ownership]
     return Report(
         steps=engine.steps if engine else 0,
@@ -115,7 +115,7 @@ def make_report(
         state_bytes=sum(bucket.shard.state_bytes for bucket in engine.buckets) if engine else 0,
         diagnostics=engine.diagnostics if engine else None,
         muon_parameters=sum(spec.numel for spec in muon),
-        adamw_parameters=sum(spec.numel for spec in specs if spec.algorithm != "muon"),
+        adamw_parameters=sum(spec.numel for spec in specs if spec.ownership is None),
     )
 
 

@@ -41,7 +41,9 @@ class Range:
         layout: Where the parameters lie.
         segments: The pieces in this range, in order.
         master: [layout.shard_numel], fp32 or wider; this rank's range of the parameters.
-        state: Named state, each [layout.shard_numel] in the dtype of `master`.
+        rank: Whose range it is.
+        state: Named state in the dtype of `master`: each [layout.shard_numel], or as long as the
+            rank's values per row.
         steps: How often each parameter has been updated.
     """
 
@@ -57,6 +59,7 @@ class Range:
             state: What belongs to them; updated in place.
         """
         self.layout = layout
+        self.rank = rank
         self.segments = layout.segments(rank)
         self.steps = [0] * len(layout.specs)
         self.master = master
@@ -126,7 +129,7 @@ class Shard(Range):
         layout: Layout,
         rank: int,
         parameters: Sequence[Tensor],
-        state_names: Sequence[str],
+        state_numels: Mapping[str, int],
     ) -> None:
         """Copy the parameters into one buffer and make them views of it.
 
@@ -134,7 +137,7 @@ class Shard(Range):
             layout: Where each parameter lies.
             rank: Whose range of the buffer this is.
             parameters: One per `layout.specs` entry, same dtype and device.
-            state_names: Names of the state tensors to allocate, zeros at first.
+            state_numels: Names and lengths of the state tensors to allocate, zeros at first.
         """
         first = parameters[0]
         self.parameters = tuple(parameters)
@@ -152,7 +155,8 @@ class Shard(Range):
         self._adopt_storage()
         # Shares storage when the dtype is already wide enough.
         master = self.mine.to(torch.promote_types(first.dtype, torch.float32))
-        super().__init__(layout, rank, master, {k: torch.zeros_like(master) for k in state_names})
+        state = {name: master.new_zeros(numel) for name, numel in state_numels.items()}
+        super().__init__(layout, rank, master, state)
 
     def adopt(self) -> None:
         """Take in what was done to the parameters from outside since the last step.
@@ -242,8 +246,8 @@ class Shard(Range):
 
         Args:
             steps: How often each parameter has been updated; kept, not copied.
-            tensors: Named state, each [layout.shard_numel], and perhaps "master"; those of the
-                right dtype and device are kept, not copied.
+            tensors: Named state, as long as here, and perhaps "master"; those of the right dtype
+                and device are kept, not copied.
         """
         self.steps = steps
         for name, tensor in tensors.items():

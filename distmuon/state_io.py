@@ -10,10 +10,10 @@ from torch import Tensor
 
 from distmuon.buckets import Bucket, BucketSpec, state_names
 from distmuon.collectives import Communicator
-from distmuon.dcp import StateHandle
+from distmuon.dcp import StateHandle, describe_ranges
 from distmuon.errors import see
 from distmuon.failure import Topic
-from distmuon.options import Algorithm, StateDictKind
+from distmuon.options import StateDictKind
 from distmuon.state_part import (
     Row,
     StateByParameter,
@@ -256,8 +256,7 @@ class StateKeeper:
         """
         saved = _match_saved(groups, saved_groups, state)
         for spec in specs if saved else ():
-            for row in rows(spec, self._communicator.rank):
-                _check_entry(spec.algorithm, row, saved[row.parameter])
+            _check_entries(spec, self._communicator.rank, saved)
         return saved
 
     def load(self, specs: Sequence[BucketSpec], saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -286,8 +285,12 @@ class StateKeeper:
             self._pending = [new_part(spec, self._communicator.rank) for spec in specs]
 
     def _differs(self, specs: Sequence[BucketSpec]) -> bool:
-        here = [(part.spec.algorithm, part.spec.layout) for part in self._parts()]
-        return here != [(spec.algorithm, spec.layout) for spec in specs]
+        here = [part.spec for part in self._parts()]
+        places = [
+            [(spec.algorithm, spec.layout, spec.row_places) for spec in some]
+            for some in (here, specs)
+        ]
+        return places[0] != places[1]
 
     def _check_layout(self, specs: Sequence[BucketSpec]) -> None:
         if self._differs(specs):
@@ -347,43 +350,43 @@ def _match_saved(
     return {parameter: state.get(key) for key, parameter in keys.items()} if state else {}
 
 
-def _check_entry(algorithm: Algorithm, row: Row, saved: Any) -> None:
-    entry = saved if isinstance(saved, Mapping) else {}
-    found = sorted(map(str, entry))
-    # Without a master the parameter's own value is taken.
-    wanted = [key for key in wanted_state(algorithm, row.parameter) if key != "master"]
-    if any(key not in found for key in wanted):
-        raise ValueError(
-            f"The saved state of {row.tensor.name} has {found}. {algorithm} needs {wanted}. Was it "
-            "saved by another optimizer, or is it one rank's part of a sharded one?"
-            + see("state-mismatch")
-        )
-    for key in (*state_names(algorithm), "master"):
-        if key in entry:
-            _check_tensor(row, key, entry[key])
-    _check_step(row, entry.get("step", 0))
+def _check_entries(spec: BucketSpec, rank: int, saved: Mapping[Tensor, Any]) -> None:
+    for name, parameter in zip(spec.names, spec.parameters, strict=True):
+        entry = saved[parameter] if isinstance(saved[parameter], Mapping) else {}
+        found = sorted(map(str, entry))
+        # Without a master the parameter's own value is taken.
+        wanted = [key for key in wanted_state(spec.algorithm, parameter) if key != "master"]
+        if any(key not in found for key in wanted):
+            raise ValueError(
+                f"The saved state of {name} has {found}. {spec.algorithm} needs {wanted}. Was it "
+                "saved by another optimizer, or is it one rank's part of a sharded one?"
+                + see("state-mismatch")
+            )
+        _check_step(name, entry.get("step", 0))
+    for key in (*state_names(spec.algorithm), "master"):
+        for row in rows(spec, rank, key):
+            if key in saved[row.parameter]:
+                _check_tensor(row, key, saved[row.parameter][key])
 
 
 def _check_tensor(row: Row, key: str, value: Any) -> None:
-    if not isinstance(value, Tensor) or value.shape != row.parameter.shape:
+    if not isinstance(value, Tensor) or value.shape != row.tensor.shape:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"The saved {key} of {row.tensor.name} is {shape}. Must be a tensor of shape "
-            f"{list(row.parameter.shape)}." + see("state-mismatch")
+            f"{list(row.tensor.shape)}." + see("state-mismatch")
         )
-    numel = row.where.stop - row.where.start
-    if isinstance(value, StateHandle) and (value.start, value.local.numel()) != (row.start, numel):
+    if isinstance(value, StateHandle) and value.ranges != row.ranges:
         raise ValueError(
-            f"{value!r} is a handle from another layout: here this rank holds elements {row.start} "
-            f"to {row.start + numel}. Load the file into this optimizer's own handles, those of "
-            "sharded_state_dict()." + see("state-mismatch")
+            f"{value!r} is a handle from another layout: here this rank holds elements "
+            f"{describe_ranges(row.ranges)}. Load the file into this optimizer's own handles, "
+            "those of sharded_state_dict()." + see("state-mismatch")
         )
 
 
-def _check_step(row: Row, value: Any) -> None:
+def _check_step(name: str, value: Any) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not isinstance(number, (int, float)) or not 0 <= number < math.inf or number % 1:
         raise ValueError(
-            f"The saved step of {row.tensor.name} is {value!r}. Must be a count."
-            + see("state-mismatch")
+            f"The saved step of {name} is {value!r}. Must be a count." + see("state-mismatch")
         )

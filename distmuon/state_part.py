@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,27 +14,28 @@ from torch import Tensor
 from distmuon.buckets import BucketSpec, state_names
 from distmuon.collectives import Communicator
 from distmuon.dcp import StateHandle
-from distmuon.layout import TensorSpec
-from distmuon.options import Algorithm
+from distmuon.layout import Layout, Segment, TensorSpec
+from distmuon.options import MATRIX_ALGORITHMS, Algorithm
+from distmuon.row_state import RowLayout
 
 StateByParameter = dict[Tensor, dict[str, Any]]
 
 
 class Row(NamedTuple):
-    """One parameter in a part.
+    """One parameter's state of one name in a part.
 
     Attributes:
-        position: Its place in the flat order.
+        position: The parameter's place in the flat order.
         parameter: The parameter.
-        tensor: Its name and shape.
-        start: First element that this rank holds of the row-major parameter.
-        where: Those elements in the rank's buffers; an empty slice if it has none.
+        tensor: Its name, and the shape of the state.
+        ranges: Elements that this rank holds of the row-major state, ascending.
+        where: Those elements in the rank's buffer; an empty slice if it has none.
     """
 
     position: int
     parameter: Tensor
     tensor: TensorSpec
-    start: int
+    ranges: tuple[range, ...]
     where: slice
 
 
@@ -45,7 +48,7 @@ class StatePart:
         rank: Whose part it is.
         steps: How often each parameter has been updated, in flat order.
         tensors: Named state, and the fp32 "master" of narrow parameters: each
-            [spec.layout.shard_numel].
+            [spec.places(name).shard_numel].
     """
 
     spec: BucketSpec
@@ -53,44 +56,47 @@ class StatePart:
     steps: list[int]
     tensors: dict[str, Tensor]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, state: str) -> Iterator[Row]:
         """Every parameter of the bucket, those that this rank holds nothing of included."""
-        return rows(self.spec, self.rank)
+        return rows(self.spec, self.rank, state)
 
 
-def rows(spec: BucketSpec, rank: int) -> Iterator[Row]:
-    """Every parameter of a bucket with what one rank holds of it.
+def rows(spec: BucketSpec, rank: int, state: str) -> Iterator[Row]:
+    """Every parameter of a bucket with what one rank holds of a state.
 
     Args:
         spec: The bucket.
         rank: The rank.
+        state: Name of the state.
 
     Yields:
         In flat order.
     """
-    held = {segment.tensor: segment for segment in spec.layout.segments(rank)}
-    for index, (parameter, tensor) in enumerate(
-        zip(spec.parameters, spec.layout.specs, strict=True)
-    ):
-        segment = held.get(index)
-        if segment is None:
-            yield Row(index, parameter, tensor, 0, slice(0, 0))
-        else:
-            where = slice(segment.shard_start, segment.shard_start + segment.numel)
-            yield Row(index, parameter, tensor, segment.tensor_start, where)
+    places = spec.places(state)
+    held: defaultdict[int, list[Segment]] = defaultdict(list)
+    for segment in places.segments(rank):
+        held[segment.tensor].append(segment)
+    for index, (parameter, tensor) in enumerate(zip(spec.parameters, places.specs, strict=True)):
+        pieces = held[index]
+        ranges = tuple(range(p.tensor_start, p.tensor_start + p.numel) for p in pieces)
+        where = slice(0, 0)
+        if pieces:
+            # What a rank holds of one parameter lies in one piece in its buffer.
+            where = slice(pieces[0].shard_start, pieces[-1].shard_start + pieces[-1].numel)
+        yield Row(index, parameter, tensor, ranges, where)
 
 
 def wanted_state(algorithm: Algorithm, parameter: Tensor) -> tuple[str, ...]:
     """Names of a parameter's state in a dictionary.
 
-    Muon's rule does not depend on the number of the step, and torch.optim.Muon saves none: a file
+    Muon's rules do not depend on the number of the step, and torch.optim.Muon saves none: a file
     that had it could not be exchanged with torch's.
 
     Args:
         algorithm: Its update rule.
         parameter: The parameter.
     """
-    counts = () if algorithm == "muon" else ("step",)
+    counts = () if algorithm in MATRIX_ALGORITHMS else ("step",)
     wide = torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype
     return (*counts, *state_names(algorithm), *(() if wide else ("master",)))
 
@@ -109,12 +115,12 @@ def new_part(spec: BucketSpec, rank: int) -> StatePart:
     dtype = torch.promote_types(first.dtype, torch.float32)
     names = [n for n in wanted_state(spec.algorithm, first) if n != "step"]
     tensors = {
-        name: torch.zeros(spec.layout.shard_numel, dtype=dtype, device=first.device)
+        name: torch.zeros(spec.places(name).shard_numel, dtype=dtype, device=first.device)
         for name in names
     }
     part = StatePart(spec, rank, [0] * len(spec.parameters), tensors)
     if "master" in tensors:
-        for row in part.rows():
+        for row in part.rows("master"):
             _copy_slice(row, row.parameter.detach(), tensors["master"])
     return part
 
@@ -160,16 +166,16 @@ def handles(part: StatePart) -> StateByParameter:
         For each parameter a handle for each tensor, and "step" as a float32 scalar where the rule
         depends on it.
     """
-    result: StateByParameter = {}
-    for row in part.rows():
-        state: dict[str, Any] = {}
-        for name in wanted_state(part.spec.algorithm, row.parameter):
-            if name == "step":
-                state[name] = torch.tensor(float(part.steps[row.position]))
-            else:
-                label, local = f"{name} of {row.tensor.name}", part.tensors[name][row.where]
-                state[name] = StateHandle(label, row.tensor.shape, row.start, local)
-        result[row.parameter] = state
+    result: StateByParameter = {parameter: {} for parameter in part.spec.parameters}
+    for name in wanted_state(part.spec.algorithm, part.spec.parameters[0]):
+        if name == "step":
+            for parameter, step in zip(part.spec.parameters, part.steps, strict=True):
+                result[parameter][name] = torch.tensor(float(step))
+            continue
+        for row in part.rows(name):
+            label, local = f"{name} of {row.tensor.name}", part.tensors[name][row.where]
+            handle = StateHandle(label, row.tensor.shape, row.ranges, local)
+            result[row.parameter][name] = handle
     return result
 
 
@@ -180,10 +186,11 @@ def fill(part: StatePart, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         part: Where the state goes; its world size does not matter.
         saved: Checked by `StateKeeper.check`; without an entry a parameter starts anew.
     """
-    for row in part.rows():
-        entry = saved.get(row.parameter, {})
-        part.steps[row.position] = int(entry.get("step", 0))
-        for name, tensor in part.tensors.items():
+    for position, parameter in enumerate(part.spec.parameters):
+        part.steps[position] = int(saved.get(parameter, {}).get("step", 0))
+    for name, tensor in part.tensors.items():
+        for row in part.rows(name):
+            entry = saved.get(row.parameter, {})
             if name in entry:
                 _copy_slice(row, entry[name], tensor)
             elif name != "master":  # without one the parameter's own value is taken, at the step
@@ -192,18 +199,27 @@ def fill(part: StatePart, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
 
 def _copy_slice(row: Row, value: Tensor, target: Tensor) -> None:
     if isinstance(value, StateHandle):
-        piece = value.local
-    else:
-        numel = row.where.stop - row.where.start
-        piece = value.reshape(-1)[row.start : row.start + numel]
-    target[row.where].copy_(piece)
+        target[row.where].copy_(value.local)
+        return
+    flat, position = value.reshape(-1), row.where.start
+    for held in row.ranges:
+        target[position : position + len(held)].copy_(flat[held.start : held.stop])
+        position += len(held)
 
 
 def _by_parameter(part: StatePart, flat: Mapping[str, Tensor]) -> StateByParameter:
     spec, result = part.spec, dict[Tensor, dict[str, Any]]()
-    ends = zip(spec.parameters, spec.layout.specs, spec.layout.offsets, part.steps, strict=True)
-    for parameter, tensor, offset, step in ends:
-        whole = {n: t[offset : offset + tensor.numel].view(tensor.shape) for n, t in flat.items()}
+    for index, (parameter, step) in enumerate(zip(spec.parameters, part.steps, strict=True)):
+        whole = {name: _whole(spec.places(name), index, each) for name, each in flat.items()}
         counted = "step" in wanted_state(spec.algorithm, parameter)
         result[parameter] = {"step": step, **whole} if counted else whole
     return result
+
+
+def _whole(places: Layout | RowLayout, index: int, flat: Tensor) -> Tensor:
+    """One parameter's state out of all ranks' shards, end to end: a view where it is one piece."""
+    spec = places.specs[index]
+    starts = [(p.rank * places.shard_numel + p.shard_start, p.numel) for p in places.holders(index)]
+    if all(start + numel == following for (start, numel), (following, _) in pairwise(starts)):
+        return flat[starts[0][0] :][: spec.numel].view(spec.shape)
+    return torch.cat([flat[start:][:numel] for start, numel in starts]).view(spec.shape)

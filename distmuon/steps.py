@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.flops import count_flops, count_part_flops
 from distmuon.orthogonalize.parts import check_parts
 from distmuon.phases import PhaseClock
+from distmuon.row_state import row_shape
 from distmuon.shard import Range, Run
 from distmuon.split_exchange import SplitJob
 from distmuon.structure import Axes, cut, join
@@ -54,7 +56,7 @@ def muon_step(
     clock: PhaseClock,
     probe: Probe,
 ) -> Work:
-    """Update this rank's range of a Muon bucket.
+    """Update this rank's range of a Muon or NorMuon bucket.
 
     Args:
         bucket: The buffers and their exchange.
@@ -103,6 +105,7 @@ def muon_step(
                 update[start:stop],
                 lr=options[group].lr,
                 weight_decay=options[group].weight_decay,
+                decay_rule=options[group].decay_rule,
             )
     parts = sum(ownership.layout.specs[matrix].parts for matrix in done)
     return Work(parts, flops)
@@ -138,6 +141,7 @@ def adamw_step(
                 betas=options[group].betas,
                 eps=options[group].eps,
                 weight_decay=options[group].weight_decay,
+                decay_rule=options[group].decay_rule,
             )
 
 
@@ -197,10 +201,13 @@ def _orthogonal_updates(
     chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
     try:
         with clock("newton-schulz"):
-            if len(batch) > 1 and spec.blocks is None:
-                values = list(_polar(torch.stack(matrices), spec.axes, chosen))
+            if len(batch) > 1 and _stackable(bucket, spec, chosen):
+                values = list(_polar(torch.stack(matrices), spec.axes, chosen, None))
             else:
-                values = [_whole_polar(matrix, spec, chosen) for matrix in matrices]
+                values = [
+                    _whole_polar(matrix, spec, chosen, _row_state(bucket, tensor))
+                    for tensor, matrix in batch
+                ]
     except Exception as error:
         names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
         error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape)}")
@@ -208,19 +215,55 @@ def _orthogonal_updates(
     return list(zip(tensors, values, strict=True))
 
 
-def _whole_polar(matrix: Tensor, spec: TensorSpec, options: GroupOptions) -> Tensor:
+def _stackable(bucket: Bucket[Range], spec: TensorSpec, options: GroupOptions) -> bool:
+    """Whether all that is done to a matrix can be done to a stack of them at once."""
+    alone = options.adjust_lr_fn == "update_rms" or options.max_update_rms is not None
+    return spec.blocks is None and bucket.spec.row_places is None and not alone
+
+
+def _row_state(bucket: Bucket[Range], matrix: int) -> Tensor | None:
+    """The second moment [m, 1] of an owned matrix, or [1, n]; None for rules without."""
+    places, ownership = bucket.spec.row_places, bucket.spec.ownership
+    if places is None or ownership is None:
+        return None
+    shape = row_shape(ownership.layout.specs[matrix])
+    start = places.starts[matrix]
+    state = bucket.shard.state["second_momentum_buffer"]
+    return state[start : start + math.prod(shape)].view(shape)
+
+
+def _whole_polar(
+    matrix: Tensor, spec: TensorSpec, options: GroupOptions, second: Tensor | None
+) -> Tensor:
+    """Polar factor of a momentum [m, n], or of each of its blocks, scaled for its shape."""
     if spec.blocks is None:
-        return _polar(matrix, spec.axes, options)
-    values = [_polar(block, spec.axes, options) for block in cut(matrix, spec.blocks)]
+        return _polar(matrix, spec.axes, options, second)
+    matrices = cut(matrix, spec.blocks)
+    moments = [None] * len(matrices) if second is None else cut(second, spec.blocks)
+    rows = zip(matrices, moments, strict=True)
+    values = [_polar(block, spec.axes, options, moment) for block, moment in rows]
+    if second is not None:  # the blocks of some are copies
+        changed = [moment for moment in moments if moment is not None]
+        second.copy_(join(changed, second.shape, spec.blocks))
     return join(values, matrix.shape, spec.blocks)
 
 
-def _polar(x: Tensor, axes: Axes, options: GroupOptions) -> Tensor:
-    """Polar factor of each matrix of x [..., m, n], scaled for its shape."""
+def _polar(x: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) -> Tensor:
+    """Polar factor of a matrix x [m, n], scaled for its shape; or of each of a stack of them."""
     polar = orthogonalize(
         x, coefficients=options.ns_coefficients, steps=options.ns_steps, dtype=_dtype(options)
     )
-    return polar.mul_(update_rules.shape_factor(options.adjust_lr_fn, axes, x.shape[-2:]))
+    factor = update_rules.shape_factor(options.adjust_lr_fn, axes, x.shape[-2:])
+    if second is not None:
+        beta2, eps = options.betas[1], options.eps
+        update_rules.normuon_(polar, second, axes, beta2=beta2, eps=eps)
+    if second is not None or options.adjust_lr_fn == "update_rms":
+        update_rules.rescale_(polar, factor / math.sqrt(max(x.shape[-2:])))
+    else:
+        polar.mul_(factor)
+    if options.max_update_rms is not None:
+        update_rules.cap_(polar, options.max_update_rms)
+    return polar
 
 
 def _dtype(options: GroupOptions) -> torch.dtype | None:
@@ -297,6 +340,7 @@ def _split_jobs(
         chosen = options[bucket.spec.groups[member]]
         device = bucket.shard.master.device
         try:
+            _refuse_parts(chosen)
             halves = check_parts(
                 chosen.ns_coefficients, chosen.ns_steps, bucket.split.dtype, device
             )
@@ -308,6 +352,20 @@ def _split_jobs(
             factor = update_rules.shape_factor(chosen.adjust_lr_fn, spec.axes, spec.shape)
             jobs[split.matrix] = SplitJob(halves, factor)
     return jobs
+
+
+def _refuse_parts(options: GroupOptions) -> None:
+    wholly = {
+        'algorithm="normuon"': options.algorithm == "normuon",
+        'adjust_lr_fn="update_rms"': options.adjust_lr_fn == "update_rms",
+        "max_update_rms": options.max_update_rms is not None,
+    }
+    for name, used in wholly.items():
+        if used:
+            raise ValueError(
+                f"{name} scales by the norm of the whole update, which none of them has. Set "
+                "max_split=1." + see("bad-option")
+            )
 
 
 def _check_all_done(bucket: Bucket[Range], present: Sequence[bool], done: set[int]) -> None:

@@ -10,17 +10,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.kernels import elementwise
 from distmuon.structure import Axes
 
-AdjustLrMode = Literal["match_rms_adamw", "max_dim", "original", "mup", "none"]
+AdjustLrMode = Literal["match_rms_adamw", "update_rms", "max_dim", "original", "mup", "none"]
+DecayRule = Literal["decoupled", "cautious"]
 AdjustLrFn = AdjustLrMode | Callable[[int, int], float]
 
 _ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+    "update_rms": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     "max_dim": lambda rows, cols: 0.2 * max(rows, cols),
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "mup": lambda rows, cols: math.sqrt(rows / cols),
@@ -37,6 +40,7 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
     | `adjust_lr_fn`      | factor                | update RMS at full rank         |
     |---------------------|-----------------------|---------------------------------|
     | `"match_rms_adamw"` | `0.2*sqrt(max(A, B))` | 0.2                             |
+    | `"update_rms"`      | `0.2*sqrt(max(A, B))` | 0.2, exactly: see `rescale_`    |
     | `"max_dim"`         | `0.2*max(A, B)`       | `0.2*sqrt(max(A, B))`           |
     | `"original"`        | `sqrt(max(1, A/B))`   | `sqrt(max(1, A/B) / max(A, B))` |
     | `"mup"`             | `sqrt(A/B)`           | `sqrt(A/B / max(A, B))`         |
@@ -96,6 +100,58 @@ def shape_factor(adjust_lr_fn: AdjustLrFn, axes: Axes, shape: Sequence[int]) -> 
     return adjust_lr_factor(adjust_lr_fn, *((cols, rows) if axes == "in_out" else (rows, cols)))
 
 
+def normuon_(polar: Tensor, second_moment: Tensor, axes: Axes, *, beta2: float, eps: float) -> None:
+    """Divide each neuron of an orthogonalized matrix by the root of its second moment.
+
+    A neuron is an output: a row of a matrix [out, in], a column of one that is stored [in, out].
+    `v = beta2*v + (1 - beta2)*mean over inputs of O²`, then `O / (sqrt(v) + eps)`. The scale of
+    the result means nothing: `rescale_` follows. So v needs no correction for its start at zero.
+
+    Args:
+        polar: [m, n], a whole matrix; updated in place.
+        second_moment: [m, 1], or [1, n] for "in_out"; updated in place.
+        axes: How the matrix is stored.
+        beta2: Decay of the second moment.
+        eps: Added to its root.
+
+    Source: NorMuon, arXiv 2510.05491.
+    """
+    inputs = -2 if axes == "in_out" else -1
+    second_moment.lerp_(polar.square().mean(inputs, keepdim=True), 1 - beta2)
+    polar.div_(second_moment.sqrt().add_(eps))
+
+
+def update_rms(update: Tensor) -> Tensor:
+    """Root mean square of a whole matrix, a float64 scalar: fp32 sums would lose digits."""
+    norm: Tensor = torch.linalg.vector_norm(update, dtype=torch.float64)
+    return norm / math.sqrt(update.numel())
+
+
+def rescale_(update: Tensor, rms: float) -> None:
+    """Give a matrix this root mean square, whatever its rank and its singular values are.
+
+    Args:
+        update: [m, n], whole; updated in place. Zeros stay zeros.
+        rms: The root mean square.
+
+    Source: NorMuon, arXiv 2510.05491, without its lr; "Update Norm" in Moonlight, arXiv 2502.16982,
+    table 1.
+    """
+    found = update_rms(update)
+    update.mul_(torch.where(found > 0, rms / found, 0.0).to(update.dtype))
+
+
+def cap_(update: Tensor, max_rms: float) -> None:
+    """Scale a matrix down to this root mean square if its own is larger.
+
+    Args:
+        update: [m, n], whole; updated in place.
+        max_rms: The largest root mean square.
+    """
+    found = update_rms(update)
+    update.mul_(torch.where(found > max_rms, max_rms / found, 1.0).to(update.dtype))
+
+
 def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> None:
     """Average the gradient into the momentum and turn `grad` into what is orthogonalized.
 
@@ -146,7 +202,36 @@ def adamw_direction(
     return exp_avg.div(denominator).div_(1 - beta1**step)
 
 
-def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
+def decay_(
+    param: Tensor, update: Tensor, *, lr: float, weight_decay: float, decay_rule: DecayRule
+) -> None:
+    """Decoupled weight decay: `param = param*(1 - lr*weight_decay)`, of some elements or all.
+
+    Args:
+        param: Any shape; updated in place.
+        update: Same shape, of the sign of what will be subtracted.
+        lr: Learning rate.
+        weight_decay: Decay per unit of lr.
+        decay_rule: "decoupled" for all; "cautious" leaves out the elements that the update makes
+            larger, where decay would work against the loss.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101; "cautious" Chen et al., arXiv 2510.12402.
+    """
+    decay = 1 - lr * weight_decay
+    if decay_rule == "decoupled":
+        param.mul_(decay)
+    else:
+        param.copy_(torch.where(update * param >= 0, param * decay, param))
+
+
+def apply_(
+    param: Tensor,
+    update: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    decay_rule: DecayRule = "decoupled",
+) -> None:
     """Decoupled weight decay, then the step: `param = param*(1 - lr*weight_decay) - lr*update`.
 
     Args:
@@ -154,13 +239,14 @@ def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> 
         update: Same shape and dtype, already scaled by `adjust_lr_factor`.
         lr: Learning rate; the decay uses it unscaled.
         weight_decay: Decay per unit of lr.
+        decay_rule: As for `decay_`.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101; Moonlight, arXiv 2502.16982, equation 4.
     """
-    if elementwise.takes(param, update):
+    if decay_rule == "decoupled" and elementwise.takes(param, update):
         elementwise.apply_(param, update, lr=lr, weight_decay=weight_decay)
         return
-    param.mul_(1 - lr * weight_decay)
+    decay_(param, update, lr=lr, weight_decay=weight_decay, decay_rule=decay_rule)
     param.add_(update, alpha=-lr)
 
 
@@ -175,6 +261,7 @@ def adamw_(  # noqa: PLR0913 - two moments and torch.optim.AdamW's hyperparamete
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    decay_rule: DecayRule = "decoupled",
 ) -> None:
     """One AdamW step with bias correction and decoupled weight decay.
 
@@ -188,18 +275,20 @@ def adamw_(  # noqa: PLR0913 - two moments and torch.optim.AdamW's hyperparamete
         betas: Decay of the first and second moment.
         eps: Added to the root of the corrected second moment.
         weight_decay: Decay per unit of lr.
+        decay_rule: As for `decay_`.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, in the operation order of torch.optim.AdamW.
     """
     tensors = param, grad, exp_avg, exp_avg_sq
-    if elementwise.takes(*tensors):
+    if decay_rule == "decoupled" and elementwise.takes(*tensors):
         elementwise.adamw_(
             tensors, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
         return
     beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
+    # The first moment has the sign of the update.
+    decay_(param, exp_avg, lr=lr, weight_decay=weight_decay, decay_rule=decay_rule)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

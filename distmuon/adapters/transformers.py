@@ -25,7 +25,7 @@ from typing_extensions import override
 from distmuon import Muon, build_param_groups
 from distmuon.adapters.accelerate import FOLDER, attach, load_state, save_state, unwrap
 from distmuon.errors import see
-from distmuon.param_groups import Decay
+from distmuon.param_groups import Decay, MatrixRule
 
 try:
     from transformers import Trainer
@@ -52,6 +52,8 @@ class MuonFactory:
         weight_decay: float = 0.1,
         decay: Decay = "weights",
         overrides: Mapping[str, str] | None = None,
+        matrices: MatrixRule = "muon",
+        adam_lr: float | None = None,
         **options: Any,
     ) -> Muon:
         """Route the model's parameters and shard their state over all processes.
@@ -62,15 +64,22 @@ class MuonFactory:
             weight_decay: As for `build_param_groups`; `MuonTrainer` fills in the arguments'.
             decay: As for `build_param_groups`.
             overrides: As for `build_param_groups`.
+            matrices: As for `build_param_groups`.
+            adam_lr: As for `build_param_groups`.
             **options: As for `Muon`.
 
         Raises:
             ValueError: as `build_param_groups` and `Muon`; if nothing is for Muon, says why.
         """
         groups = build_param_groups(
-            model, weight_decay=weight_decay, decay=decay, overrides=overrides
+            model,
+            weight_decay=weight_decay,
+            decay=decay,
+            overrides=overrides,
+            matrices=matrices,
+            adam_lr=adam_lr,
         )
-        if not any(group["algorithm"] == "muon" for group in groups):
+        if not any(group["algorithm"] == matrices for group in groups):
             reasons = Counter(reason for group in groups for reason in group["reasons"])
             listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             raise ValueError(

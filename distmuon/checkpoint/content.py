@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import Bucket, state_names
+from distmuon.buckets import Bucket, state_names, state_shape
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import dtype_name
 from distmuon.checkpoint.manifest import ParameterEntry, TensorEntry
+from distmuon.layout import read_spec
 from distmuon.optimizer import Muon
 from distmuon.parameters import walk_modules
 
@@ -54,7 +55,7 @@ def state_places(buckets: Sequence[Bucket]) -> Iterator[Place]:
     for bucket in buckets:
         names = dict(zip(bucket.spec.parameters, bucket.spec.names, strict=True))
         for state, flat in bucket.shard.tensors.items():
-            yield from _ranges(bucket, names, f"optimizer/{state}", flat)
+            yield from _ranges(bucket, names, f"optimizer/{state}", flat, state)
 
 
 def parameter_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
@@ -89,14 +90,15 @@ def other_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iter
 
 
 def _ranges(
-    bucket: Bucket, names: Mapping[Tensor, str], prefix: str, flat: Tensor
+    bucket: Bucket, names: Mapping[Tensor, str], prefix: str, flat: Tensor, state: str = ""
 ) -> Iterator[Place]:
-    for segment in bucket.shard.segments:
+    for segment in bucket.segments(state):
         parameter = bucket.shard.parameters[segment.tensor]
         if parameter in names:
             data = flat[segment.shard_start :][: segment.numel]
             name = f"{prefix}/{names[parameter]}"
-            yield Place(name, tuple(parameter.shape), segment.tensor_start, data)
+            shape = bucket.spec.places(state).specs[segment.tensor].shape
+            yield Place(name, shape, segment.tensor_start, data)
 
 
 def model_tensors(model: nn.Module | None) -> dict[str, Tensor]:
@@ -174,6 +176,7 @@ def expected_state(optimizer: Muon) -> dict[str, TensorEntry]:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             masters = () if wide == parameter.dtype else ("master",)
             for state in (*state_names(group["algorithm"]), *masters):
-                entry = TensorEntry(dtype_name(wide, name), tuple(parameter.shape))
+                shape = state_shape(state, read_spec(name, parameter.shape, group))
+                entry = TensorEntry(dtype_name(wide, name), shape)
                 expected[f"optimizer/{state}/{name}"] = entry
     return expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,11 +250,14 @@ class Reader:
             CheckpointError: if the file does not hold what the manifest says, naming it.
         """
         stop = start + target.numel()
+        ahead: Counter[int] = Counter()  # elements of the tensor before this piece in each file
         for piece in self._manifest.tensors[name].pieces:
             low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
             if low < high:
-                part = self._slice(piece.file, name, low - piece.start, high - piece.start)
+                first = ahead[piece.file] + low - piece.start
+                part = self._slice(piece.file, name, first, first + high - low)
                 target[low - start : high - start].copy_(part)
+            ahead[piece.file] += piece.numel
 
     def whole(self, name: str) -> Tensor:
         """A whole tensor, in host memory and of its own."""

@@ -27,6 +27,8 @@ _FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 class Piece:
     """A contiguous part of a row-major tensor, stored in one file under the tensor's name.
 
+    Several pieces of a tensor in one file lie there end to end, by `start`.
+
     Attributes:
         file: Index into `Manifest.files`.
         start: First element within the tensor.
@@ -132,12 +134,11 @@ class Manifest:
         Args:
             file: Index into `files`.
         """
-        held = {
-            name: (entry.dtype, piece.numel)
-            for name, entry in self.tensors.items()
-            for piece in entry.pieces
-            if piece.file == file
-        }
+        held: dict[str, tuple[str, int]] = {}
+        for name, entry in self.tensors.items():
+            numel = sum(piece.numel for piece in entry.pieces if piece.file == file)
+            if numel:
+                held[name] = (entry.dtype, numel)
         own = self.rank_tensors[file] if self.rank_tensors is not None else {}
         return held | {f"rank/{name}": (entry.dtype, entry.numel) for name, entry in own.items()}
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distmuon.buckets import BucketSpec, specify
+from distmuon.buckets import BucketSpec, specify, state_names
 from distmuon.checkpoint.completion import Completion
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import (
@@ -25,12 +25,10 @@ from distmuon.checkpoint.files import (
 from distmuon.checkpoint.folders import claim
 from distmuon.checkpoint.manifest import (
     Manifest,
-    Piece,
-    TensorEntry,
     merge_pieces,
     read_manifest,
 )
-from distmuon.checkpoint.parts import Part
+from distmuon.checkpoint.parts import Part, PartBuilder
 from distmuon.errors import see
 from distmuon.options import Policy
 
@@ -280,30 +278,27 @@ def _specify(manifest: Manifest, world_size: int) -> list[BucketSpec]:
 
 
 def _cut(reader: Reader, manifest: Manifest, specs: list[BucketSpec], rank: int) -> Part:
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, TensorEntry] = {}
+    found = PartBuilder(rank)
     for name, start, numel in _ranges(manifest, specs, rank):
         entry = manifest.tensors[name]
-        if numel:
-            tensors[name] = torch.empty(numel, dtype=dtype_of(entry.dtype))
-            reader.read_into(name, start, tensors[name])
-        pieces = (Piece(rank, start, numel),) if numel else ()
-        shared[name] = replace(entry, pieces=pieces)
-    return Part(rank, tensors, shared, {})
+        flat = torch.empty(numel, dtype=dtype_of(entry.dtype))
+        reader.read_into(name, start, flat)
+        found.add(name, entry, start, flat)
+    return found.finish()
 
 
 def _ranges(
     manifest: Manifest, specs: list[BucketSpec], rank: int
 ) -> Iterator[tuple[str, int, int]]:
     """Name, start and length of everything that a rank holds."""
-    state = {tuple(name.split("/", 2)[:2]) for name in manifest.tensors}
-    kinds = ["model", *sorted("/".join(each) for each in state if each[0] == "optimizer")]
+    cut: set[str] = set()
     for spec in specs:
-        for segment in spec.layout.segments(rank):
-            fqn = spec.names[segment.tensor]
-            for name in (f"{kind}/{fqn}" for kind in kinds):
+        for state in (None, *state_names(spec.algorithm), "master"):
+            kind = "model" if state is None else f"optimizer/{state}"
+            cut |= {f"{kind}/{fqn}" for fqn in spec.names}
+            for segment in spec.places(state or "master").segments(rank):
+                name = f"{kind}/{spec.names[segment.tensor]}"
                 if name in manifest.tensors:
                     yield name, segment.tensor_start, segment.numel
     if rank == 0:
-        cut = {f"{kind}/{fqn}" for kind in kinds for spec in specs for fqn in spec.names}
         yield from ((n, 0, each.numel) for n, each in manifest.tensors.items() if n not in cut)

@@ -89,6 +89,40 @@ class Part:
         return write_file(folder / file_name(self.rank), self.tensors)
 
 
+class PartBuilder:
+    """Puts a rank's part together from ranges of tensors, each tensor's in ascending order."""
+
+    def __init__(self, rank: int) -> None:
+        """Start with nothing.
+
+        Args:
+            rank: The rank.
+        """
+        self._rank = rank
+        self._flats: dict[str, list[Tensor]] = {}
+        self._shared: dict[str, TensorEntry] = {}
+
+    def add(self, name: str, entry: TensorEntry, start: int, flat: Tensor) -> None:
+        """Add a range.
+
+        Args:
+            name: Of the tensor.
+            entry: The whole tensor; its pieces do not matter.
+            start: First element of the range.
+            flat: [n], the range; kept, not copied, where it is the tensor's only one.
+        """
+        known = self._shared.setdefault(name, replace(entry, pieces=()))
+        if flat.numel():
+            pieces = (*known.pieces, Piece(self._rank, start, flat.numel()))
+            self._shared[name] = replace(known, pieces=pieces)
+            self._flats.setdefault(name, []).append(flat)
+
+    def finish(self) -> Part:
+        """The part, without the rank's own tensors."""
+        tensors = {n: f[0] if len(f) == 1 else torch.cat(f) for n, f in self._flats.items()}
+        return Part(self._rank, tensors, self._shared, {})
+
+
 def gather_part(source: Source, rank: int) -> Part:
     """Find what a rank has to write. Nothing is copied but what memory cannot be written as it is.
 
@@ -105,20 +139,17 @@ def gather_part(source: Source, rank: int) -> Part:
     for bucket in source.buckets:
         # What was written into parameters since the last step belongs into the master copies.
         bucket.shard.adopt()
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, TensorEntry] = {}
+    found = PartBuilder(rank)
     for place in _places(source, rank):
-        flat = place.data.detach().reshape(-1)
-        pieces = (Piece(rank, place.start, flat.numel()),) if flat.numel() else ()
-        shared[place.name] = replace(place.entry, pieces=pieces)
-        if pieces:
-            tensors[place.name] = flat
+        found.add(place.name, place.entry, place.start, place.data.detach().reshape(-1))
+    part = found.finish()
+    tensors = dict(part.tensors)
     own: dict[str, TensorEntry] = {}
     for name, tensor in source.rank_tensors.items():
         _check_tensor(name, tensor, "rank_tensors")
         own[name] = TensorEntry(dtype_name(tensor.dtype, name), tuple(tensor.shape))
         tensors[f"rank/{name}"] = tensor.detach().reshape(-1)
-    return Part(rank, _apart(tensors), shared, own)
+    return Part(rank, _apart(tensors), part.shared, own)
 
 
 def describe(source: Source, shared: Sequence[Table], own: Sequence[Table]) -> Manifest:

@@ -82,7 +82,7 @@ def _forecast(options: argparse.Namespace) -> tuple[Forecast, str]:
         from distmuon.forecast.forecast import make_forecast
 
         source = read_source(options)
-        if source.config is not None and source.config.optimizer.name != "muon":
+        if source.config is not None and source.config.optimizer.name == "adamw":
             raise CommandError(
                 f"{source.name} has optimizer.name={source.config.optimizer.name}, which orders "
                 "nothing and exchanges nothing. Add optimizer.name=muon."
@@ -96,6 +96,7 @@ def _forecast(options: argparse.Namespace) -> tuple[Forecast, str]:
                 cost_model=cost_model,
                 weight_decay=source.weight_decay,
                 overrides=read_overrides(options),
+                matrices=source.matrices,
                 options=source.options,
             )
         except (TypeError, ValueError) as error:

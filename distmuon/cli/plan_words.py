@@ -12,6 +12,12 @@ from distmuon.units import format_bytes, format_flops, format_time
 # More owners than these are counted, not named.
 _OWNERS_NAMED = 4
 _EVERY_RANK = "every rank its range"
+_NAMES = {"muon": "Muon", "normuon": "NorMuon", "adamw": "AdamW"}
+_KINDS = {
+    "muon": "momentum",
+    "normuon": "momentum and row moments",
+    "adamw": "AdamW moments",
+}
 
 # How the kinds of `Report.bytes_sent` are grouped for a reader.
 _TRAFFIC = (
@@ -147,8 +153,8 @@ def _split(name: str) -> list[str]:
 
 
 def _owners(row: Row, world_size: int) -> str:
-    if row.algorithm != "muon":
-        return _EVERY_RANK if row.algorithm == "adamw" else "-"
+    if not row.owners:
+        return _EVERY_RANK if row.algorithm != "frozen" else "-"
     ranks = sorted(set(row.owners))
     if len(ranks) == world_size > _OWNERS_NAMED:
         text = f"all {world_size:,} ranks"
@@ -165,8 +171,9 @@ def _totals(rows: Sequence[Row]) -> str:
 
     dtypes = "/".join(sorted({row.dtype for row in rows}))
     matrices = sum(len(row.owners) for row in rows)
+    ours = numel("muon") + numel("normuon")
     text = (
-        f"{sum(row.numel for row in rows):,} in {dtypes}: {numel('muon'):,} by Muon in "
+        f"{sum(row.numel for row in rows):,} in {dtypes}: {ours:,} by Muon in "
         f"{matrices:,} matrices, {numel('adamw'):,} by AdamW"
     )
     frozen = numel("frozen")
@@ -180,7 +187,7 @@ def _state(buffers: Sequence[Buffer]) -> str:
 
 
 def _kinds(buffer: Buffer) -> str:
-    kinds = "momentum" if buffer.algorithm == "muon" else "AdamW moments"
+    kinds = _KINDS.get(buffer.algorithm, "companion state")
     narrow = buffer.dtype in ("bfloat16", "float16")
     return f"{kinds} and master weights" if narrow else kinds
 
@@ -188,7 +195,7 @@ def _kinds(buffer: Buffer) -> str:
 def _times(forecast: Forecast) -> list[str]:
     lines = [f"{format_time(forecast.step_seconds)} predicted, elementwise work not counted"]
     for buffer in forecast.buffers:
-        name = "Muon" if buffer.algorithm == "muon" else "AdamW"
+        name = _NAMES.get(buffer.algorithm, buffer.algorithm)
         found = buffer.prediction
         if found is None:
             lines.append(f"  {name}: publish {format_time(buffer.publish_seconds)}")

@@ -19,7 +19,8 @@ from distmuon.forecast.doubts import doubt_about, find_owners, find_tables
 from distmuon.forecast.folding import fold_names
 from distmuon.forecast.traffic import Move, bytes_per_rank, loads, master_itemsize, moves
 from distmuon.layout import read_spec
-from distmuon.options import GroupOptions, Policy, read_options
+from distmuon.options import MATRIX_ALGORITHMS, GroupOptions, Policy, read_options
+from distmuon.param_groups import MatrixRule
 from distmuon.update_rules import shape_factor
 
 
@@ -174,6 +175,7 @@ def make_forecast(
     cost_model: CostModel,
     weight_decay: float = 0.1,
     overrides: Mapping[str, str] | None = None,
+    matrices: MatrixRule = "muon",
     options: Mapping[str, Any] | None = None,
 ) -> Forecast:
     """Let the optimizer plan for a model as it would on real ranks, without any.
@@ -185,6 +187,7 @@ def make_forecast(
         cost_model: Rates to plan and to predict with.
         weight_decay: As for `build_param_groups`.
         overrides: Likewise.
+        matrices: Likewise.
         options: Arguments of `Muon`.
 
     Returns:
@@ -194,7 +197,9 @@ def make_forecast(
         ValueError: as `build_param_groups` and `Muon`, or if `world_size` is below 1.
         TypeError: as these.
     """
-    groups = build_param_groups(model, weight_decay=weight_decay, overrides=overrides)
+    groups = build_param_groups(
+        model, weight_decay=weight_decay, overrides=overrides, matrices=matrices
+    )
     reasons = [reason for group in groups for reason in group["reasons"]]
     optimizer = Muon(groups, **{**(options or {}), "cost_model": cost_model})
     policy = optimizer.policy
@@ -270,7 +275,7 @@ def _rows(
 
 def _row(name: str, kind: _Kind, options: GroupOptions | None, places: Sequence[_Place]) -> Row:
     factor = None
-    if options is not None and options.algorithm == "muon":
+    if options is not None and options.algorithm in MATRIX_ALGORITHMS:
         reading = {"axes": options.axes, "blocks": options.blocks}
         first, *_ = read_spec(name, kind.shape, reading).orthogonalized
         factor = shape_factor(options.adjust_lr_fn, options.axes, first)
@@ -319,13 +324,14 @@ def _buffer(spec: BucketSpec, policy: Policy, model: CostModel) -> Buffer:
         )
     others = (world_size - 1) * spec.layout.shard_numel
     wide = master_itemsize(spec)
-    copies = len(state_names(spec.algorithm)) + (wide != itemsize)
+    state = sum(spec.places(name).shard_numel for name in state_names(spec.algorithm))
+    masters = spec.layout.shard_numel if wide != itemsize else 0
     return Buffer(
         algorithm=spec.algorithm,
         dtype=_say(spec.parameters[0].dtype),
         numel=spec.numel,
         shard_numel=spec.layout.shard_numel,
-        state_bytes=copies * wide * spec.layout.shard_numel,
+        state_bytes=wide * (state + masters),
         layout=spec.ownership.reason if spec.ownership else "",
         prediction=prediction,
         publish_seconds=model.collective(others, itemsize, world_size),

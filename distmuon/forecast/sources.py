@@ -15,6 +15,7 @@ from torch import nn
 
 from distmuon.errors import Entry, with_entry
 from distmuon.forecast.models import MODELS
+from distmuon.param_groups import MatrixRule
 
 if TYPE_CHECKING:
     from distmuon.training.config import Config
@@ -36,6 +37,7 @@ class Source:
         name: What was asked for.
         model: On the meta device.
         weight_decay: For `build_param_groups`.
+        matrices: For `build_param_groups`.
         options: Arguments of `Muon`.
         config: The training configuration, if it came from one.
     """
@@ -43,6 +45,7 @@ class Source:
     name: str
     model: nn.Module
     weight_decay: float = 0.1
+    matrices: MatrixRule = "muon"
     options: dict[str, Any] = field(default_factory=dict)
     config: Config | None = None
 
@@ -88,7 +91,7 @@ def _from_training(path: Path, overrides: Sequence[str]) -> Source:
     from distmuon.training.config import ConfigError
     from distmuon.training.config_file import load_config
     from distmuon.training.model import Transformer
-    from distmuon.training.optimizers import muon_options
+    from distmuon.training.optimizers import matrix_rule, muon_options
 
     try:
         config = load_config(path, overrides)
@@ -96,8 +99,9 @@ def _from_training(path: Path, overrides: Sequence[str]) -> Source:
         raise SourceError(str(error)) from error
     with torch.device("meta"):
         model = Transformer(config.model, context=config.data.context)
-    options = muon_options(config.optimizer)
-    return Source(str(path), model, config.optimizer.weight_decay, options, config)
+    chosen = config.optimizer
+    options, rule = muon_options(chosen), matrix_rule(chosen)
+    return Source(str(path), model, chosen.weight_decay, rule, options, config)
 
 
 def _from_function(text: str) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from distmuon.errors import see
 
 OptimizerName = Literal[
-    "muon", "adamw", "adam", "sgd", "momentum", "nag", "adagrad", "rmsprop", "adafactor",
+    "muon", "normuon", "adamw", "adam", "sgd", "momentum", "nag", "adagrad", "rmsprop", "adafactor",
     "lion", "lamb", "lars", "sophia", "shampoo",
 ]  # fmt: skip
 Gradient = Literal["plain", "differentiable"]

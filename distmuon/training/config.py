@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 from distmuon.errors import Entry, with_entry
 from distmuon.qk_clip import Measure
 from distmuon.training.baselines import OptimizerName
-from distmuon.update_rules import AdjustLrMode
+from distmuon.update_rules import AdjustLrMode, DecayRule
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ class OptimizerConfig:
     """The optimizer. Under several ranks its state is spread over them (ZeRO-1)."""
 
     name: OptimizerName = _key(  # noqa: RUF009 - a string, which cannot be changed
-        "muon", "muon: matrices to Muon, the rest to AdamW; others: everything to that one", "fixed"
+        "muon", "muon, normuon: matrices to it, the rest to AdamW; others: all to that one", "fixed"
     )
     lr: float = _key(8e-3, "peak learning rate")
     weight_decay: float = _key(0.1, "weight decay; norms and biases get none")
@@ -173,6 +173,12 @@ class OptimizerConfig:
     ns_steps: int | None = _key(None, "iterations; null takes the set's own number (muon only)")
     adjust_lr_fn: AdjustLrMode = _key(  # noqa: RUF009 - a string, which cannot be changed
         "match_rms_adamw", "how an update is scaled to the matrix shape (muon only)"
+    )
+    decay_rule: DecayRule = _key(  # noqa: RUF009 - likewise
+        "decoupled", "cautious decays only what the update makes smaller too (muon only)"
+    )
+    max_update_rms: float | None = _key(
+        None, "largest RMS of a matrix's update before lr; null: no bound (muon only)"
     )
 
     def __post_init__(self) -> None:
@@ -186,6 +192,13 @@ class OptimizerConfig:
         _require(0.0 <= self.momentum < 1.0, "optimizer.momentum", self.momentum, "0 <= x < 1")
         some = self.ns_steps is None or self.ns_steps >= 1
         _require(some, "optimizer.ns_steps", self.ns_steps, ">= 1, or null")
+        bound = self.max_update_rms
+        usable = bound is None or (_finite(bound) and bound > 0)
+        _require(usable, "optimizer.max_update_rms", bound, "> 0, or null")
+        ours = self.name in ("muon", "normuon")
+        fits = ours or self.decay_rule == "decoupled"
+        only = f"decoupled with optimizer.name={self.name}, which is not distmuon's"
+        _require(fits, "optimizer.decay_rule", self.decay_rule, only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +228,12 @@ class TrainConfig:
     batch: int = _key(24, "windows per step over all ranks, so that world sizes compare")
     accumulation: int = _key(1, "forward-backward passes per step (gradient accumulation)", "free")
     warmup: float = _key(0.05, "share of the steps in which the lr rises from 0")
-    final_lr: float = _key(0.1, "lr at the end of the cosine, as a share of the peak")
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = _key(
+        "cosine",
+        "after the warm-up: cosine or linear all the way down, wsd at the end, or constant",
+    )
+    cooldown: float = _key(0.2, "share of the steps in which the lr falls at the end (wsd only)")
+    final_lr: float = _key(0.1, "lr at the end, as a share of the peak (not with constant)")
     clip: float = _key(1.0, "largest gradient norm; 0 turns clipping off")
     precision: Literal["float32", "bfloat16"] = _key(
         "float32", "bfloat16 runs the model under autocast; weights stay float32"
@@ -235,6 +253,9 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulation", "log_every", "eval_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
         _require(0.0 <= self.warmup < 1.0, "train.warmup", self.warmup, "0 <= x < 1")
+        room = 1.0 - self.warmup if self.schedule == "wsd" else 1.0
+        fits = 0.0 < self.cooldown <= room
+        _require(fits, "train.cooldown", self.cooldown, "above 0, and with train.warmup at most 1")
         _require(0.0 <= self.final_lr <= 1.0, "train.final_lr", self.final_lr, "0 <= x <= 1")
         _require(_finite(self.clip) and self.clip >= 0, "train.clip", self.clip, ">= 0")
         every = self.diagnostics_every

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon import Muon, QKClip, build_param_groups
+from distmuon.param_groups import MatrixRule
 from distmuon.qk_clip import attention_layers, record
 from distmuon.training.baselines import BASELINES
 from distmuon.training.config import Config, ConfigError, OptimizerConfig, TrainConfig
@@ -46,8 +47,10 @@ def build_optimizer(
     Raises:
         ConfigError: for a value that the optimizer refuses, or one that is not installed.
     """
-    groups = build_param_groups(model, weight_decay=config.weight_decay)
-    if config.name != "muon" and diagnostics_every:
+    groups = build_param_groups(
+        model, weight_decay=config.weight_decay, matrices=matrix_rule(config)
+    )
+    if config.name in BASELINES and diagnostics_every:
         raise ConfigError(
             f"train.diagnostics_every needs optimizer.name=muon: {config.name} has none.",
             key="train.diagnostics_every",
@@ -58,7 +61,7 @@ def build_optimizer(
         "qk_clip": clip,
     }
     try:
-        if config.name != "muon":
+        if config.name in BASELINES:
             return _build_baseline(groups, config, world)
         return Muon(groups, **ours, **muon_options(config))
     except ConfigError:
@@ -70,6 +73,11 @@ def build_optimizer(
 def muon_options(config: OptimizerConfig) -> dict[str, Any]:
     """Hyperparameters of Muon under any engine: all of the section but its name."""
     return {key: value for key, value in asdict(config).items() if key != "name"}
+
+
+def matrix_rule(config: OptimizerConfig) -> MatrixRule:
+    """The update rule of what is routed to Muon."""
+    return "normuon" if config.name == "normuon" else "muon"
 
 
 def build_clip(model: nn.Module, config: Config) -> QKClip | None:
@@ -145,7 +153,7 @@ def _build_baseline(
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig) -> LambdaLR:
-    """Scale every group's lr: linear warm-up, then a cosine down to `final_lr`."""
+    """Scale every group's lr: linear warm-up, then as `lr_scale` says."""
     return LambdaLR(optimizer, partial(lr_scale, config=config))
 
 
@@ -157,14 +165,26 @@ def lr_scale(step: int, config: TrainConfig) -> float:
         config: the section `train`.
 
     Returns:
-        Rises from 1/w to 1 over the w warm-up steps, then falls along half a cosine to
-        `final_lr`, which the last step has.
+        Rises from 1/w to 1 over the w warm-up steps. Then "cosine" falls along half a cosine,
+        "linear" along a line, and "wsd" (warm-up, stable, decay) stays at 1 and falls along a line
+        over its `cooldown`; the last step has `final_lr`. "constant" stays at 1.
+
+    Source: "wsd" MiniCPM, arXiv 2404.06395; the straight line Hägele et al., arXiv 2405.18392.
     """
     warmup = round(config.warmup * config.steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = min((step + 1 - warmup) / max(config.steps - warmup, 1), 1.0)
-    return config.final_lr + (1.0 - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    falling = config.steps - warmup
+    if config.schedule == "wsd":
+        falling = min(max(round(config.cooldown * config.steps), 1), falling)
+    start = config.steps - falling
+    progress = min(max((step + 1 - start) / max(falling, 1), 0.0), 1.0)
+    share = 1.0 - progress
+    if config.schedule == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif config.schedule == "constant":
+        share = 1.0
+    return config.final_lr + (1.0 - config.final_lr) * share
 
 
 def place_schedule(schedule: LambdaLR, step: int) -> None:

@@ -29,6 +29,7 @@ RANKS_SHOWN = 4
 UNTOLD = ("run.resume", "run.if_exists")
 OPTIMIZER_NAMES = {
     "muon": "Muon (matrices) and AdamW (the rest)",
+    "normuon": "NorMuon (matrices) and AdamW (the rest)",
     **{name: baseline.label for name, baseline in BASELINES.items()},
 }
 

@@ -40,7 +40,7 @@ def step(optimizer: Muon, seed: int = 0) -> None:
 
 
 def handle() -> StateHandle:
-    return StateHandle("momentum_buffer of a", (4, 6), 3, torch.arange(9.0))
+    return StateHandle("momentum_buffer of a", (4, 6), [range(3, 12)], torch.arange(9.0))
 
 
 USES: list[Callable[[StateHandle], Any]] = [
@@ -74,12 +74,12 @@ def test_copies_of_a_handle_are_of_their_own_and_alike() -> None:
     for other in others:
         assert isinstance(other, StateHandle)
         assert other.local.sum() == 36
-        assert (other.shape, other.start) == (original.shape, 3)
+        assert (other.shape, other.ranges) == (original.shape, (range(3, 12),))
     original.copy_(others[0])
     assert original.local.sum() == 36
     assert original.detach() is original
-    with pytest.raises(ValueError, match="covers another range"):
-        original.copy_(StateHandle("x", (4, 6), 4, torch.zeros(9)))
+    with pytest.raises(ValueError, match="covers other elements"):
+        original.copy_(StateHandle("x", (4, 6), [range(4, 13)], torch.zeros(9)))
 
 
 def test_pieces_are_views_and_unknown_ones_are_refused() -> None:

@@ -103,3 +103,9 @@ def test_tags_make_the_same_groups_as_names() -> None:
         assert one["algorithm"] == other["algorithm"]
         assert one["weight_decay"] == other["weight_decay"]
     assert [group["lr"] for group in tagged.param_groups] == [0.1, 0.2, 0.2]
+
+
+def test_normuon_is_refused_because_deepspeed_would_lose_its_state() -> None:
+    group = {"params": [("w", nn.Parameter(torch.zeros(4, 4)))], "algorithm": "normuon"}
+    with pytest.raises(ValueError, match=r"one value per row.*would lose it"):
+        ZeroOrtho([group])

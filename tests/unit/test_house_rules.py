@@ -21,7 +21,17 @@ FLOORS = (
     ("errors",),
     ("companion", "kernels", "parameters", "structure"),
     ("version", "layout", "update_rules", "orthogonalize", "routing", "failure", "phases", "units"),
-    ("cost", "diagnostics", "fixed_order", "qk_clip", "splits", "stacks"),
+    (
+        "cost",
+        "diagnostics",
+        "fixed_order",
+        "more_options",
+        "qk_clip",
+        "recipes",
+        "row_state",
+        "splits",
+        "stacks",
+    ),
     ("ownership", "options", "param_groups", "reduction", "split_plan"),
     ("plan", "choice", "group_check"),
     # Above this line rooms may communicate.

@@ -1,6 +1,7 @@
 """Training goes on in another optimizer as if it had never changed."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -274,3 +275,42 @@ def test_what_is_exported_does_not_follow_the_optimizer() -> None:
     before = kept.clone()
     train(model, [mine], range(1, 2))
     assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "normuon"])
+def test_adamws_matrices_begin_with_its_first_moment_and_a_warning(algorithm: str) -> None:
+    model = Model()
+    before = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before.step()
+    saved = before.state_dict()
+    muon, rest = split(model)
+    groups = [{"params": rest, "algorithm": "adamw"}, {"params": muon, "algorithm": algorithm}]
+    optimizer = Muon(groups)
+    with pytest.raises(ValueError, match='adamw_matrices="momentum"'):
+        import_state_dict(optimizer, saved)
+    with pytest.warns(UserWarning, match=r"2 matrices .*table 7"):
+        import_state_dict(optimizer, saved, adamw_matrices="momentum")
+    state = optimizer.state_dict()["state"]
+    for name, parameter in muon:
+        number = [n for n, _ in rest + muon].index(name)
+        first = before.state[parameter]["exp_avg"]
+        assert torch.equal(state[number]["momentum_buffer"], first)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def test_a_muon_run_is_brought_over_without_a_warning() -> None:
+    model = Model()
+    theirs = torchs(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for each in theirs:
+        each.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import_state_dict(
+            ours(model), *(each.state_dict() for each in theirs), adamw_matrices="momentum"
+        )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from distmuon import Muon, agreement
 from distmuon.adapters.deepspeed.partition import (
@@ -26,6 +26,7 @@ from distmuon.adapters.deepspeed.stepping import prepare, settle, update
 from distmuon.collectives import Communicator
 from distmuon.errors import see
 from distmuon.group_check import PLAIN_READING, read_group, refuse_other_structure
+from distmuon.more_options import MoreOptions, complete
 from distmuon.options import ALGORITHMS, NsDtype, read_options
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan
@@ -61,6 +62,7 @@ class ZeroOrtho(torch.optim.Optimizer):
         eps: float = 1e-8,
         wave_bytes: int = 64 * 2**20,
         momentum_key: MomentumKey = "momentum_buffer",
+        **more: Unpack[MoreOptions],
     ) -> None:
         """Check the groups. DeepSpeed has not seen them yet, nothing is allocated or sent.
 
@@ -79,11 +81,11 @@ class ZeroOrtho(torch.optim.Optimizer):
             wave_bytes: Bytes of momentum that one rank fetches at a time.
             momentum_key: Name of Muon's momentum in the state. "exp_avg" is what DeepSpeed's
                 universal checkpoint converter looks for.
+            **more: As `distmuon.Muon`.
 
         Raises:
             ValueError: for a value out of range, ZeRO-3 parameters, or a class name that DeepSpeed
                 would take for its own Muon.
-            TypeError: for a value of the wrong type.
         """
         if "muon" in type(self).__name__.lower():
             raise ValueError(
@@ -103,6 +105,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             **PLAIN_READING,
             "betas": betas,
             "eps": eps,
+            **complete(more),
         }
         plain: list[dict[str, Any]] = []
         self._named: list[list[tuple[str, Tensor]]] = []
@@ -160,10 +163,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             RuntimeError: on every rank, if one has a problem or their settings differ.
             FloatingPointError: on every rank, if a gradient is not finite.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if self._open != "checked":
             self._check()
         if self._replica is not None:
@@ -212,8 +212,7 @@ class ZeroOrtho(torch.optim.Optimizer):
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
         """This rank's plan for each group of matrices; empty before the first step."""
-        plans = (partition.bucket.plan for partition in self._partitions.values())
-        return tuple(plan for plan in plans if plan is not None)
+        return tuple(p.bucket.plan for p in self._partitions.values() if p.bucket.plan is not None)
 
     @property
     def partitions(self) -> Mapping[int, Partition]:

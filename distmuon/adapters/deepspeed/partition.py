@@ -121,16 +121,22 @@ def refuse_zero3(name: str, parameter: Tensor) -> None:
 
 
 def refuse_companion(group: Mapping[str, Any], index: int) -> None:
-    """Refuse an optimizer class in AdamW's place: DeepSpeed would not know its state.
+    """Refuse rules whose state DeepSpeed would not keep: NorMuon, and classes in AdamW's place.
 
     Args:
         group: A parameter group.
         index: Its position, for the message.
 
     Raises:
-        ValueError: if it has one.
+        ValueError: if it has such a rule.
     """
     algorithm = group.get("algorithm", "muon")
+    if algorithm == "normuon":
+        raise ValueError(
+            f"Group {index} has {algorithm=}, whose second moment has one value per row: DeepSpeed "
+            "saves and loads only state as long as its partition, and would lose it. Use "
+            'algorithm="muon" here, or NorMuon without DeepSpeed.' + see("bad-group")
+        )
     if algorithm not in ALGORITHMS:
         raise ValueError(
             f"Group {index} has {algorithm=}. Inside DeepSpeed it must be one of {ALGORITHMS}."

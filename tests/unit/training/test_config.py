@@ -112,7 +112,7 @@ def test_two_overrides_may_be_right_only_together() -> None:
         ("optimizer.lr=fast", "Expected float"),
         ("optimizer.lr=", "Expected float"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
-        ("optimizer.name=ftrl", "['muon', 'adamw', 'adam', 'sgd'"),
+        ("optimizer.name=ftrl", "['muon', 'normuon', 'adamw', 'adam', 'sgd'"),
         ("optimizer.adjust_lr_fn=moonlight", "match_rms_adamw"),
         ("run.device=tpu", "['auto', 'cpu', 'cuda']"),
         ("train=3", "expected a section with keys, such as train.steps="),

@@ -152,7 +152,8 @@ def test_unusable_paths_are_refused_by_name(tmp_path: Path) -> None:
     assert "no .txt file" in refusal(DataConfig(path=str(tmp_path)))
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b"")
-    assert refusal(DataConfig(path=str(empty))) == f"data.path={empty}: the text is empty."
+    said = f"data.path={empty}: the text is empty. (docs/errors.md#text)"
+    assert refusal(DataConfig(path=str(empty))) == said
 
 
 def test_a_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,9 +63,35 @@ def test_the_schedule_rises_peaks_and_ends_where_it_should() -> None:
     assert middle == pytest.approx(0.6, abs=0.01)
 
 
+def test_wsd_stays_up_and_falls_along_a_line_at_the_end() -> None:
+    train = TrainConfig(steps=100, warmup=0.1, schedule="wsd", cooldown=0.25, final_lr=0.2)
+    scales = [lr_scale(step, train) for step in range(100)]
+    assert scales[0] == pytest.approx(0.1)
+    assert set(scales[9:75]) == {1.0}
+    assert scales[99] == pytest.approx(0.2)
+    falls = [a - b for a, b in pairwise(scales[74:])]
+    assert falls == pytest.approx([0.8 / 25] * 25)
+
+
+def test_linear_falls_all_the_way_and_constant_not_at_all() -> None:
+    linear = TrainConfig(steps=50, warmup=0.2, schedule="linear", final_lr=0.0)
+    scales = [lr_scale(step, linear) for step in range(50)]
+    assert scales[9] == 1.0
+    assert [a - b for a, b in pairwise(scales[9:])] == pytest.approx([1 / 40] * 40)
+    constant = TrainConfig(steps=50, warmup=0.2, schedule="constant")
+    assert {lr_scale(step, constant) for step in range(10, 60)} == {1.0}
+
+
+def test_a_cooldown_has_to_fit_behind_the_warm_up() -> None:
+    with pytest.raises(ConfigError, match=r"train.cooldown=0.6"):
+        TrainConfig(warmup=0.5, schedule="wsd", cooldown=0.6)
+    assert TrainConfig(warmup=0.9).cooldown == 0.2, "another schedule has none"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_schedule_of_a_short_run_is_finite(steps: int) -> None:
-    train = TrainConfig(steps=steps, warmup=0.5)
+def test_the_schedule_of_a_short_run_is_finite(steps: int, schedule: Any) -> None:
+    train = TrainConfig(steps=steps, warmup=0.5, schedule=schedule)
     assert all(0.0 < lr_scale(step, train) <= 1.0 for step in range(steps + 1))
 
 
