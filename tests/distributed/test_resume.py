@@ -68,7 +68,7 @@ def cut_short(source: Path, target: Path, *, step: int) -> RunFolder:
 
 
 def without_times(lines: Sequence[StepMetrics]) -> list[dict[str, object]]:
-    timed = ("tokens_per_s", "optimizer_ms", "elapsed_s")
+    timed = ("tokens_per_s", "optimizer_ms", "step_ms", "elapsed_s")
     return [{k: v for k, v in asdict(line).items() if k not in timed} for line in lines]
 
 
