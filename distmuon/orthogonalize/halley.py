@@ -93,7 +93,7 @@ def transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
     """Q with Q X = the given steps on X, from R = X Xᵀ. Every matrix here is a function of R.
 
     Args:
-        r: [..., m, m] float32 or float64, symmetric, of norm at most 1. Not modified.
+        r: [..., m, m] float32 or float64, symmetric, of norm at most 1. Overwritten.
         triples: the weights of the steps; none give the identity.
 
     Returns:
@@ -104,9 +104,12 @@ def transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
     q: Tensor | None = None
     for step, (a, b, c) in enumerate(triples):
         alpha, beta = b / c, a - b / c
-        w = _inverse(r, c)
         if step + 1 < len(triples):
-            r = _next_gram(r, w, alpha, beta, c)
+            w = _inverse(_add_identity_(r * c, 1.0))
+            r = _next_gram_(r, w, alpha, beta, c)
+        else:
+            w = _inverse(_add_identity_(r.mul_(c), 1.0))
+            del r
         if q is None:
             q = _add_identity_(w.mul_(beta), alpha)
         else:
@@ -115,18 +118,17 @@ def transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
     return q
 
 
-def _inverse(r: Tensor, c: float) -> Tensor:
-    """(I + c R)^-1, exactly symmetric."""
-    shifted = _add_identity_(r * c, 1.0)
+def _inverse(shifted: Tensor) -> Tensor:
+    """The inverse of I + c R, exactly symmetric."""
     # The check would wait for the device; R >= -1e-6 as computed, and c is at most 4e3.
     factor = torch.linalg.cholesky_ex(shifted, check_errors=False).L
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(factor, out=factor)
 
 
-def _next_gram(r: Tensor, w: Tensor, alpha: float, beta: float, c: float) -> Tensor:
-    """alpha² R + 2 alpha beta (I - W) / c + beta² (W - W²) / c."""
+def _next_gram_(r: Tensor, w: Tensor, alpha: float, beta: float, c: float) -> Tensor:
+    """alpha² R + 2 alpha beta (I - W) / c + beta² (W - W²) / c; R is overwritten."""
     mixed, square = 2 * alpha * beta / c, beta * beta / c
-    known = _add_identity_((alpha * alpha * r).add_(w, alpha=square - mixed), mixed)
+    known = _add_identity_(r.mul_(alpha * alpha).add_(w, alpha=square - mixed), mixed)
     return symmetric_product_add(known, w, w, beta=1.0, alpha=-square)
 
 
