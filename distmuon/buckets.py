@@ -109,19 +109,26 @@ class BucketSpec:
         reasons = [self.ownership.reason] if self.ownership else []
         return [head, *describe(self.layout, notes), *reasons]
 
-    def plan(self, rank: int, wave_numel: int) -> ExchangePlan | None:
+    def plan(self, rank: int, wave_numel: int, part_numel: int = 0) -> ExchangePlan | None:
         """One rank's transfers.
 
         Args:
             rank: The rank to plan for.
             wave_numel: Most elements that one owner fetches in a wave.
+            part_numel: Elements of a shard that are published at a time; 0 for all at once.
 
         Returns:
             The plan; None for elementwise rules.
         """
         if self.ownership is None:
             return None
-        return build_plan(self.ownership, rank, wave_numel=wave_numel, groups=self.groups)
+        return build_plan(
+            self.ownership,
+            rank,
+            wave_numel=wave_numel,
+            groups=self.groups,
+            part_numel=part_numel,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +256,7 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
     rank = communicator.rank
     state = {name: spec.places(name).shard_numel for name in state_names(spec.algorithm)}
     shard = Shard(spec.layout, rank, spec.parameters, state)
-    plan = spec.plan(rank, policy.wave_numel)
+    plan = spec.plan(rank, policy.wave_numel, policy.part_numel)
     if plan is None:
         return Bucket(spec, shard, None, None, None)
     split = SplitExchange(plan, communicator, getattr(torch, policy.split_dtype))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.clipping import Clipper, Factors
-from distmuon.collectives import Communicator
+from distmuon.collectives import Communicator, Pending
 from distmuon.description import describe_setup, outline
 from distmuon.desync import check_desync
 from distmuon.diagnostics import Diagnostics
@@ -25,6 +25,7 @@ from distmuon.norms import GradientNorms, gradient_norms
 from distmuon.observer import make_observer
 from distmuon.options import GroupOptions, Policy, read_options
 from distmuon.phases import make_clock
+from distmuon.publication import Publication
 from distmuon.qk_clip import QKClip
 from distmuon.relayout import carry_state
 from distmuon.steps import adamw_step, check_splits, companion_step, muon_step
@@ -180,15 +181,19 @@ class Engine:
 
     def _update(self, ready: _Ready, present: Sequence[bool], factors: Factors) -> None:
         agreed = iter(present)
-        published = []
+        published: list[Pending] = []
         shared = self.buckets, ready.options, self._communicator
         observer = make_observer(self._policy.diagnostics_every, *shared)
         flops = 0
         for index, (bucket, update) in enumerate(zip(self.buckets, ready.updates, strict=True)):
             active = [next(agreed) for _ in bucket.spec.parameters]
             probe = observer.before(index, update, active)
+            # What QK-Clip scales, it scales last.
+            early = bucket.plan.parts if bucket.plan and not factors else ()
+            publication = Publication(bucket.shard, early, self._communicator)
             if bucket.spec.ownership is not None:
-                work = muon_step(bucket, update, active, ready.options, self.clock, probe)
+                rest = ready.options, self.clock, probe, publication
+                work = muon_step(bucket, update, active, *rest)
                 self.calls += work.matrices
                 self.expected += sum(active[i] for i in bucket.owned)
                 flops += work.flops
@@ -197,7 +202,7 @@ class Engine:
                 step(bucket, update, active, ready.options, self.clock)
             self._clipper.scale_(index, bucket.shard, factors)
             observer.after(index, update)
-            published.append(bucket.shard.publish(self._communicator))
+            published.extend(publication.finish())
         for message in published:
             message.wait()
         self.flops += flops

@@ -66,11 +66,14 @@ class Exchange:
         Yields:
             Tensors' indices in the layout and their whole values [..., m, n], all of one shape: one
             on CPUs, as many as may be orthogonalized as one stack elsewhere. Not to be written to:
-            they may be views of `update`.
+            they may be views of `update`. An empty list once, between the matrices that no message
+            was needed for and those that come in waves.
         """
         waves = self._plan.waves
         arriving = self._fetch(0, update) if waves else None
         yield from self._assemble_alike(self._plan.local, self._plan.batches, update)
+        # On every rank, also where there are none: now the local ones are done.
+        yield []
         returning: tuple[Wave, Pending] | None = None
         for index, wave in enumerate(waves):
             assert arriving is not None, "fetched in the round before"

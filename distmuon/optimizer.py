@@ -81,6 +81,7 @@ class Muon(torch.optim.Optimizer):
         diagnostics_every: int = 0,
         qk_clip: QKClip | None = None,
         wire: Wire = "full",
+        publish_bytes: int = 0,
         **more: Unpack[MoreOptions],
     ) -> None:
         """Check the groups and every option. Nothing is allocated or sent before the first step.
@@ -120,16 +121,16 @@ class Muon(torch.optim.Optimizer):
             diagnostics_every: Steps between two looks at the updates (docs/diagnostics.md).
             qk_clip: Attention layers whose logits are clipped (docs/qk-clip.md).
             wire: "bfloat16" halves the exchange's bytes, and rounds (docs/sharding.md).
+            publish_bytes: Bytes to publish at a time as they become final; 0: all at the end.
             **more: `decay_rule`, `max_update_rms`; see `distmuon.more_options`.
 
         Raises:
             ValueError: for a value out of range, a parameter that is frozen or in two groups, a
                 shape Muon cannot take, or no matrix; TypeError for a wrong type of anything.
         """
-        last = layout, cost_model, max_split, split_dtype, profile, diagnostics_every, wire
-        self.policy = Policy(
-            reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, *last
-        )
+        first = reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, layout
+        last = cost_model, max_split, split_dtype, profile, diagnostics_every, wire, publish_bytes
+        self.policy = Policy(*first, *last)
         self.communicator = Communicator(process_group)
         # Where p.grad is not what is used, a GradScaler has to show itself to step().
         self._step_supports_amp_scaling = reduce != "ddp" and self.communicator.world_size > 1
@@ -241,10 +242,9 @@ class Muon(torch.optim.Optimizer):
         self._open().attach(model)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients without sending them, for all micro-batches but the last.
+        """Context to accumulate gradients unsent, for all micro-batches but the last.
 
-        Returns:
-            A context for forward and backward; with "hook" or "ddp" use DDP's own.
+        With "hook" or "ddp" use DDP's own.
 
         Raises:
             RuntimeError: if the gradients are not the optimizer's to send.
@@ -284,8 +284,8 @@ class Muon(torch.optim.Optimizer):
     @property
     def plan(self) -> tuple[ExchangePlan, ...]:
         """This rank's plan for each flat buffer of matrices, also before the first step."""
-        rank, wave_numel = self.communicator.rank, self.policy.wave_numel
-        return tuple(plan for spec in self._specify() if (plan := spec.plan(rank, wave_numel)))
+        sizes = self.communicator.rank, self.policy.wave_numel, self.policy.part_numel
+        return tuple(plan for spec in self._specify() if (plan := spec.plan(*sizes)))
 
     @property
     def parameter_names(self) -> Mapping[Tensor, str]:

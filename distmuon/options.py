@@ -41,6 +41,7 @@ _LEAST = (
     ("check_desync_every", 0),
     ("max_split", 1),
     ("diagnostics_every", 0),
+    ("publish_bytes", 0),
 )
 
 
@@ -101,6 +102,8 @@ class Policy:
         max_skips: How many steps in a row may be skipped before it raises after all.
         missing_grad: What a gradient on some ranks only means: "raise", or "zero" on the others.
         wave_bytes: Bytes of momentum that one rank fetches at a time.
+        publish_bytes: Bytes of fp32 parameters that a rank publishes at a time, as soon as they are
+            final; 0 for all at once at the end.
         check_desync_every: Steps between two comparisons of all parameters; 0 for never.
         layout: Where Muon's matrices lie: "flat", "aligned", or the faster one by "auto".
         cost_model: What work and messages cost; None for the defaults of the device.
@@ -129,6 +132,7 @@ class Policy:
     profile: Profile = "off"
     diagnostics_every: int = 0
     wire: Wire = "full"
+    publish_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -177,6 +181,11 @@ class Policy:
     def wave_numel(self) -> int:
         """Elements of momentum per wave; they travel in fp32."""
         return self.wave_bytes // 4
+
+    @property
+    def part_numel(self) -> int:
+        """Elements of a shard that are published at a time; 0 for all at once."""
+        return -(-self.publish_bytes // 4)
 
     @property
     def sharing(self) -> Sharing:

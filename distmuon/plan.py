@@ -59,6 +59,21 @@ class Wave:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of every rank's shard that is final before the first wave has come back.
+
+    Attributes:
+        start: Its first element, the same in all shards.
+        stop: One past its last.
+        tensors: Matrices of this rank that must be done first.
+    """
+
+    start: int
+    stop: int
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ExchangePlan:
     """One rank's part in the gather and scatter of one flat buffer.
 
@@ -71,6 +86,7 @@ class ExchangePlan:
             orthogonalized as one stack.
         waves: Rounds of messages; every rank has the same number of them.
         split: What this rank does for matrices that several ranks share.
+        parts: What may be published while other matrices are still to come, in this order.
     """
 
     ownership: Ownership
@@ -80,6 +96,7 @@ class ExchangePlan:
     batches: tuple[tuple[int, ...], ...]
     waves: tuple[Wave, ...]
     split: SplitPlan
+    parts: tuple[Part, ...] = ()
 
     @property
     def owned(self) -> tuple[int, ...]:
@@ -103,7 +120,12 @@ class ExchangePlan:
 
 
 def build_plan(
-    ownership: Ownership, rank: int, *, wave_numel: int, groups: Sequence[int] = ()
+    ownership: Ownership,
+    rank: int,
+    *,
+    wave_numel: int,
+    groups: Sequence[int] = (),
+    part_numel: int = 0,
 ) -> ExchangePlan:
     """Derive one rank's transfers from the owners.
 
@@ -112,6 +134,7 @@ def build_plan(
         rank: The rank to plan for.
         wave_numel: Most elements that one owner fetches in a wave; one matrix may exceed it.
         groups: Parameter group of each parameter, in flat order; none for a single group.
+        part_numel: Elements of a shard that are published at a time; 0 for all at once.
 
     Returns:
         The plan; what rank a sends to b in a wave is what b receives from a in it.
@@ -150,7 +173,31 @@ def build_plan(
         for wave in range(1 + max((r for r in rounds if r is not None), default=-1))
     )
     split = build_split_plan(layout, ownership.splits, rank, wave_numel=wave_numel)
-    return ExchangePlan(ownership, rank, segments, tuple(local), alike(local), waves, split)
+    moving = [index for index, wave in enumerate(rounds) if wave is not None or index in shared]
+    parts = _cut_parts(layout, moving, [s for s in segments if s.tensor in set(local)], part_numel)
+    return ExchangePlan(ownership, rank, segments, tuple(local), alike(local), waves, split, parts)
+
+
+def _cut_parts(
+    layout: Layout, moving: Iterable[int], own: Sequence[Segment], part_numel: int
+) -> tuple[Part, ...]:
+    """Cut the longest stretch that no moving matrix touches in any shard."""
+    if not part_numel:
+        return ()
+    touched = sorted(
+        (s.shard_start, s.shard_start + s.numel) for i in moving for s in layout.holders(i)
+    )
+    best = (0, 0)
+    free = 0
+    for start, stop in (*touched, (layout.shard_numel, layout.shard_numel)):
+        best = max(best, (free, start), key=lambda span: span[1] - span[0])
+        free = max(free, stop)
+    parts = []
+    for start in range(best[0], best[1], part_numel):
+        stop = min(start + part_numel, best[1])
+        inside = (s for s in own if s.shard_start < stop and s.shard_start + s.numel > start)
+        parts.append(Part(start, stop, tuple(s.tensor for s in inside)))
+    return tuple(parts)
 
 
 def peer_counts(transfers: Iterable[Transfer], world_size: int) -> list[int]:

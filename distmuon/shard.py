@@ -217,18 +217,25 @@ class Shard(Range):
             grad[segment.shard_start :][: segment.numel].copy_(piece)
         return grad
 
-    def publish(self, communicator: Communicator) -> Pending:
+    def publish(
+        self, communicator: Communicator, start: int = 0, stop: int | None = None
+    ) -> Pending:
         """Start to give every rank the updated parameters.
 
         Args:
             communicator: The group over which the buffer is sharded.
+            start: First element of each shard that is sent.
+            stop: One past the last; None for the end.
 
         Returns:
             The message in flight; the parameters are complete once it has been waited for.
         """
         if self.master.dtype != self.flat.dtype:
-            self.mine.copy_(self.master)
-        return communicator.publish(self.flat, topic=self._topic)
+            self.mine[start:stop].copy_(self.master[start:stop])
+        if (start, stop) == (0, None):
+            return communicator.publish(self.flat, topic=self._topic)
+        shards = self.flat.view(communicator.world_size, -1)[:, start:stop]
+        return communicator.publish_part(shards, topic=self._topic)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

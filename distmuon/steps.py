@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,37 +14,20 @@ from distmuon.companion import find_companion
 from distmuon.diagnostics import Probe
 from distmuon.errors import see
 from distmuon.layout import TensorSpec
-from distmuon.options import GroupOptions, NsDtype
+from distmuon.options import GroupOptions
 from distmuon.orthogonalize import orthogonalize
-from distmuon.orthogonalize.flops import count_flops, count_part_flops
 from distmuon.orthogonalize.parts import check_parts
 from distmuon.phases import PhaseClock
+from distmuon.publication import Publication
 from distmuon.row_state import row_shape
 from distmuon.shard import Range, Run
 from distmuon.split_exchange import SplitJob
 from distmuon.structure import Axes, cut, join
+from distmuon.work import Work, part_flops, products_dtype, whole_flops
 
-_DTYPES: dict[NsDtype, torch.dtype] = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # Elements of a piece for the elementwise rules on CPUs. Their several passes then find it in the
 # cache: AdamW took 59 ms in one piece and 31 in these (10.6 M elements); smaller ones gain no more.
 _PIECE_NUMEL = 2**20
-
-
-class Work(NamedTuple):
-    """What one rank did in a step.
-
-    Attributes:
-        matrices: How many it orthogonalized.
-        flops: Operations of their products, in the form that they really took.
-    """
-
-    matrices: int
-    flops: int
 
 
 def muon_step(
@@ -55,6 +37,7 @@ def muon_step(
     options: Sequence[GroupOptions],
     clock: PhaseClock,
     probe: Probe,
+    publication: Publication | None = None,
 ) -> Work:
     """Update this rank's range of a Muon or NorMuon bucket.
 
@@ -65,6 +48,7 @@ def muon_step(
         options: Of each parameter group.
         clock: Times the phases.
         probe: Is shown every matrix that this rank orthogonalizes alone.
+        publication: Sends what is final while the rest is computed; None leaves it to the caller.
 
     Returns:
         What this rank did.
@@ -94,10 +78,33 @@ def muon_step(
             probe.look(tensor, value)
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
+        if publication is not None:
+            for span in publication.due(dict(batch)):
+                _apply(shard, update, _within(runs, span), options, clock)
     jobs = _split_jobs(bucket, present, options)
-    flops = _whole_flops(bucket, done, options) + _part_flops(bucket, jobs)
+    flops = whole_flops(bucket, done, options) + part_flops(bucket, jobs)
     done |= bucket.split.finish(update, jobs)
     _check_all_done(bucket, present, done)
+    for span in publication.rest if publication else [(0, shard.layout.shard_numel)]:
+        _apply(shard, update, _within(runs, span), options, clock)
+    parts = sum(ownership.layout.specs[matrix].parts for matrix in done)
+    return Work(parts, flops)
+
+
+def _within(runs: Sequence[Run], span: tuple[int, int]) -> list[Run]:
+    """What of some runs lies in a stretch of the shard."""
+    first, last = span
+    cut = [run._replace(start=max(run.start, first), stop=min(run.stop, last)) for run in runs]
+    return [run for run in cut if run.start < run.stop]
+
+
+def _apply(
+    shard: Range,
+    update: Tensor,
+    runs: Sequence[Run],
+    options: Sequence[GroupOptions],
+    clock: PhaseClock,
+) -> None:
     with clock("apply"):
         for group, _, start, stop in runs:
             update_rules.apply_(
@@ -107,8 +114,6 @@ def muon_step(
                 weight_decay=options[group].weight_decay,
                 decay_rule=options[group].decay_rule,
             )
-    parts = sum(ownership.layout.specs[matrix].parts for matrix in done)
-    return Work(parts, flops)
 
 
 def adamw_step(
@@ -251,7 +256,10 @@ def _whole_polar(
 def _polar(x: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) -> Tensor:
     """Polar factor of a matrix x [m, n], scaled for its shape; or of each of a stack of them."""
     polar = orthogonalize(
-        x, coefficients=options.ns_coefficients, steps=options.ns_steps, dtype=_dtype(options)
+        x,
+        coefficients=options.ns_coefficients,
+        steps=options.ns_steps,
+        dtype=products_dtype(options),
     )
     factor = update_rules.shape_factor(options.adjust_lr_fn, axes, x.shape[-2:])
     if second is not None:
@@ -264,50 +272,6 @@ def _polar(x: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) 
     if options.max_update_rms is not None:
         update_rules.cap_(polar, options.max_update_rms)
     return polar
-
-
-def _dtype(options: GroupOptions) -> torch.dtype | None:
-    return None if options.ns_dtype is None else _DTYPES[options.ns_dtype]
-
-
-def _whole_flops(
-    bucket: Bucket[Range], matrices: Iterable[int], options: Sequence[GroupOptions]
-) -> int:
-    ownership = bucket.spec.ownership
-    assert ownership is not None, "a Muon bucket has owners"
-    device = bucket.shard.master.device
-    known: dict[tuple[int, tuple[int, ...]], int] = {}
-    total = 0
-    for matrix in matrices:
-        spec = ownership.layout.specs[matrix]
-        group = bucket.spec.groups[ownership.members[matrix]]
-        if (group, spec.shape) not in known:  # one group cuts equal shapes alike
-            chosen = options[group]
-            known[group, spec.shape] = sum(
-                count_flops(
-                    shape,
-                    coefficients=chosen.ns_coefficients,
-                    steps=chosen.ns_steps,
-                    dtype=_dtype(chosen),
-                    device=device,
-                )
-                for shape in spec.orthogonalized
-            )
-        total += known[group, spec.shape]
-    return total
-
-
-def _part_flops(bucket: Bucket[Range], jobs: Mapping[int, SplitJob]) -> int:
-    assert bucket.plan is not None, "a Muon bucket has a plan"
-    device = bucket.shard.master.device
-    total = 0
-    for part in (part for wave in bucket.plan.split.waves for part in wave.parts):
-        if part.split.matrix in jobs:
-            owns = part.split.owner == bucket.plan.rank
-            halves = jobs[part.split.matrix].halves if owns else None
-            width = part.columns if part.sliced == "columns" else part.rows
-            total += count_part_flops(part.short, width, halves, device)
-    return total
 
 
 def check_splits(bucket: Bucket[Range], options: Sequence[GroupOptions]) -> None:

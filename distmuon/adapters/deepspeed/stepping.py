@@ -17,7 +17,8 @@ from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.options import GroupOptions, read_options
 from distmuon.phases import PhaseClock
-from distmuon.steps import Work, adamw_step, muon_step
+from distmuon.steps import adamw_step, muon_step
+from distmuon.work import Work
 
 
 class Ready(NamedTuple):
