@@ -13,7 +13,6 @@ JOBS ?= 2
 ARGS ?=
 GPU_PYTHON ?= python3
 PIP_ARGS ?=
-GPU_PYTHON ?= python3
 # The first Python on the path that is new enough; looked up only while $(VENV) is being made.
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

@@ -66,7 +66,7 @@ def train(name: str, group: Any, steps: range, saved: dict[str, Tensor] | None =
 
 
 def test_every_name_has_a_class_and_every_class_a_name() -> None:
-    assert {"muon", *BASELINES} == set(get_args(OptimizerName))
+    assert {"muon", "normuon", *BASELINES} == set(get_args(OptimizerName))
 
 
 @pytest.mark.parametrize("name", INSTALLED)
