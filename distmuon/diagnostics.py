@@ -7,7 +7,7 @@ engine adds them up over the ranks (observer.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,45 +107,43 @@ class Spectrum(NamedTuple):
 class Probe:
     """Looks at nothing: what every step calls when nobody has asked."""
 
-    def look(self, matrix: int, update: Tensor) -> None:
+    def look(self, matrix: int, polar: Tensor) -> None:
         """See a matrix that its owner has just orthogonalized.
 
         Args:
             matrix: Its index in the layout.
-            update: [m, n], scaled for its shape; not to be changed or kept.
+            polar: [m, n], not yet scaled for its shape; not to be changed or kept.
         """
 
 
 class SpectrumProbe(Probe):
     """Measures the matrices that were picked."""
 
-    def __init__(self, picked: Mapping[int, float]) -> None:
+    def __init__(self, picked: Collection[int]) -> None:
         """Wait for them.
 
         Args:
-            picked: By index in the layout what each update is scaled by for its shape.
+            picked: Indices in the layout.
         """
         self._picked = picked
         self.found: dict[int, Spectrum] = {}
 
     @override
-    def look(self, matrix: int, update: Tensor) -> None:
-        factor = self._picked.get(matrix)
-        if factor is not None:
-            self.found[matrix] = measure_spectrum(update, factor)
+    def look(self, matrix: int, polar: Tensor) -> None:
+        if matrix in self._picked:
+            self.found[matrix] = measure_spectrum(polar)
 
 
-def measure_spectrum(update: Tensor, factor: float) -> Spectrum:
-    """Singular values of `update / factor`, from the eigenvalues of its Gram matrix in float64.
+def measure_spectrum(polar: Tensor) -> Spectrum:
+    """Singular values of a matrix, from the eigenvalues of its Gram matrix in float64.
 
     Args:
-        update: [m, n], either orientation. Not modified.
-        factor: What it was multiplied by.
+        polar: [m, n], either orientation. Not modified.
 
     Returns:
         NaNs where an entry is not finite or the decomposition fails: looking must not stop a run.
     """
-    x = update.double() / factor
+    x = polar.double()
     x = x if x.size(0) <= x.size(1) else x.mT
     gram = x @ x.mT
     try:

@@ -112,17 +112,10 @@ class StepObserver(Observer):
             if present[segment.tensor]:
                 piece = grad[segment.shard_start :][: segment.numel]
                 self._squares[bucket.spec.groups[segment.tensor]][0] += square_sum(piece)
-        ownership = bucket.spec.ownership
-        if ownership is None:
+        if bucket.spec.ownership is None:
             return Probe()
-        factors = {}
-        for pick in self._picks:
-            if pick.bucket == index:
-                options = self._options[bucket.spec.groups[ownership.members[pick.matrix]]]
-                spec = ownership.layout.specs[pick.matrix]
-                factor = update_rules.shape_factor(options.adjust_lr_fn, spec.axes, spec.shape)
-                factors[pick.matrix] = factor
-        self._probes[index] = SpectrumProbe(factors)
+        picked = {pick.matrix for pick in self._picks if pick.bucket == index}
+        self._probes[index] = SpectrumProbe(picked)
         return self._probes[index]
 
     @override

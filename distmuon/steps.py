@@ -47,7 +47,7 @@ def muon_step(
         present: For each parameter whether it has a gradient; equal on all ranks.
         options: Of each parameter group.
         clock: Times the phases.
-        probe: Is shown every matrix that this rank orthogonalizes alone.
+        probe: Is shown every matrix without blocks that this rank orthogonalizes alone.
         publication: Sends what is final while the rest is computed; None leaves it to the caller.
 
     Returns:
@@ -74,8 +74,7 @@ def muon_step(
     done: set[int] = set()
     for batch in exchange.gather(update):
         active = [pair for pair in batch if present[ownership.members[pair[0]]]]
-        for tensor, value in _orthogonal_updates(bucket, active, options, clock):
-            probe.look(tensor, value)
+        for tensor, value in _orthogonal_updates(bucket, active, options, clock, probe):
             exchange.scatter(tensor, value, out=update)
             done.add(tensor)
         if publication is not None:
@@ -195,8 +194,9 @@ def _orthogonal_updates(
     batch: Sequence[tuple[int, Tensor]],
     options: Sequence[GroupOptions],
     clock: PhaseClock,
+    probe: Probe,
 ) -> list[tuple[int, Tensor]]:
-    """Polar factors of gathered momenta [m, n] of one kind and group, or of their blocks."""
+    """Scaled polar factors of gathered momenta [m, n] of one kind and group, or of their blocks."""
     ownership = bucket.spec.ownership
     assert ownership is not None, "a Muon bucket has owners"
     if not batch:
@@ -207,11 +207,14 @@ def _orthogonal_updates(
     try:
         with clock("newton-schulz"):
             if len(batch) > 1 and _stackable(bucket, spec, chosen):
-                values = list(_polar(torch.stack(matrices), spec.axes, chosen, None))
+                stack = _polar(torch.stack(matrices), chosen)
+                for tensor, polar in zip(tensors, stack, strict=True):
+                    probe.look(tensor, polar)
+                _scale_(stack, spec.axes, chosen, None)
+                values = list(stack)
             else:
                 values = [
-                    _whole_polar(matrix, spec, chosen, _row_state(bucket, tensor))
-                    for tensor, matrix in batch
+                    _update(bucket, tensor, matrix, chosen, probe) for tensor, matrix in batch
                 ]
     except Exception as error:
         names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
@@ -237,41 +240,49 @@ def _row_state(bucket: Bucket[Range], matrix: int) -> Tensor | None:
     return state[start : start + math.prod(shape)].view(shape)
 
 
-def _whole_polar(
-    matrix: Tensor, spec: TensorSpec, options: GroupOptions, second: Tensor | None
+def _update(
+    bucket: Bucket[Range], tensor: int, matrix: Tensor, options: GroupOptions, probe: Probe
 ) -> Tensor:
     """Polar factor of a momentum [m, n], or of each of its blocks, scaled for its shape."""
+    assert bucket.spec.ownership is not None, "a Muon bucket has owners"
+    spec, second = bucket.spec.ownership.layout.specs[tensor], _row_state(bucket, tensor)
     if spec.blocks is None:
-        return _polar(matrix, spec.axes, options, second)
-    matrices = cut(matrix, spec.blocks)
-    moments = [None] * len(matrices) if second is None else cut(second, spec.blocks)
-    rows = zip(matrices, moments, strict=True)
-    values = [_polar(block, spec.axes, options, moment) for block, moment in rows]
+        polar = _polar(matrix, options)
+        probe.look(tensor, polar)
+        _scale_(polar, spec.axes, options, second)
+        return polar
+    values = [_polar(block, options) for block in cut(matrix, spec.blocks)]
+    moments = [None] * len(values) if second is None else cut(second, spec.blocks)
+    for value, moment in zip(values, moments, strict=True):
+        _scale_(value, spec.axes, options, moment)
     if second is not None:  # the blocks of some are copies
         changed = [moment for moment in moments if moment is not None]
         second.copy_(join(changed, second.shape, spec.blocks))
     return join(values, matrix.shape, spec.blocks)
 
 
-def _polar(x: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) -> Tensor:
-    """Polar factor of a matrix x [m, n], scaled for its shape; or of each of a stack of them."""
-    polar = orthogonalize(
+def _polar(x: Tensor, options: GroupOptions) -> Tensor:
+    """Polar factor of a matrix x [m, n], or of each of a stack of them."""
+    return orthogonalize(
         x,
         coefficients=options.ns_coefficients,
         steps=options.ns_steps,
         dtype=products_dtype(options),
     )
-    factor = update_rules.shape_factor(options.adjust_lr_fn, axes, x.shape[-2:])
+
+
+def _scale_(polar: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) -> None:
+    """Scale a polar factor [m, n] for its shape, in place; or each of a stack of them."""
+    factor = update_rules.shape_factor(options.adjust_lr_fn, axes, polar.shape[-2:])
     if second is not None:
         beta2, eps = options.betas[1], options.eps
         update_rules.normuon_(polar, second, axes, beta2=beta2, eps=eps)
     if second is not None or options.adjust_lr_fn == "update_rms":
-        update_rules.rescale_(polar, factor / math.sqrt(max(x.shape[-2:])))
+        update_rules.rescale_(polar, factor / math.sqrt(max(polar.shape[-2:])))
     else:
         polar.mul_(factor)
     if options.max_update_rms is not None:
         update_rules.cap_(polar, options.max_update_rms)
-    return polar
 
 
 def check_splits(bucket: Bucket[Range], options: Sequence[GroupOptions]) -> None:

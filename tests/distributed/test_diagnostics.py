@@ -155,6 +155,32 @@ def test_worse_coefficients_show() -> None:
     assert keller.orthogonality_error > 5 * p5.orthogonality_error
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm": "normuon"},
+        {"adjust_lr_fn": "update_rms"},
+        {"adjust_lr_fn": "original", "max_update_rms": 1e-3},
+    ],
+)
+def test_the_spectrum_is_that_of_newton_schulz_whatever_the_update_is_scaled_by(
+    options: dict[str, Any],
+) -> None:
+    torch.manual_seed(0)
+    # Rows of unlike size: NorMuon makes them equal, which Newton-Schulz does not.
+    grad = torch.randn(24, 60) * torch.logspace(0, 2, 24).view(-1, 1)
+    spectra = []
+    for chosen in ({}, options):
+        matrix = nn.Parameter(torch.zeros(24, 60))
+        optimizer = Muon([{"params": [("w", matrix)], **chosen}], diagnostics_every=1)
+        for step in range(2):
+            matrix.grad = grad.roll(step, 1)
+            optimizer.step()
+        spectra.append(found(optimizer.report()).matrices)
+    assert spectra[0] == spectra[1]
+    assert spectra[0][0].orthogonality_error < 0.05
+
+
 def test_other_matrices_are_sampled_each_time_until_all_were() -> None:
     model = {f"w{i}": nn.Parameter(torch.randn(4, 6)) for i in range(6)}
     optimizer = Muon([{"params": list(model.items())}], diagnostics_every=2)
@@ -171,7 +197,7 @@ def test_other_matrices_are_sampled_each_time_until_all_were() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 def test_a_matrix_that_cannot_be_measured_stops_nothing(value: float) -> None:
-    spectrum = measure_spectrum(torch.full((3, 5), value), 2.0)
+    spectrum = measure_spectrum(torch.full((3, 5), value))
     if value == 0.0:
         assert spectrum == (1.0, 0.0, 0.0, 0.0)
     else:
