@@ -65,8 +65,9 @@ def carry_state(
 ) -> None:
     """Give parameters in new buffers the state they had in the old ones. A collective.
 
-    Parameters that are new, or have another update rule now, start from zero. One that has become
-    narrow brings no master copy: its own value begins one.
+    Parameters that are new, or have another update rule now, start from zero, and so do values per
+    row where rows are columns now. One that has become narrow brings no master copy: its own value
+    begins one.
 
     Args:
         before: The buffers so far.
@@ -88,6 +89,7 @@ def carry_state(
                 (old, move)
                 for index, old, place in kept
                 if name in old.shard.tensors
+                and old.spec.places(name).specs[place].shape == new.specs[index].shape
                 for move in plan_moves(old.spec.places(name).holders(place), new.holders(index))
             ]
             _carry(name, tensor, moves, communicator, Topic("refresh", None, bucket.spec.names))

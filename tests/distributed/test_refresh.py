@@ -157,6 +157,21 @@ def test_refresh_keeps_the_seconds_of_the_steps_so_far() -> None:
     assert optimizer.report().seconds["newton-schulz"] > before["newton-schulz"]
 
 
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9), (16, 16)])
+def test_a_second_moment_of_rows_is_none_of_columns(shape: tuple[int, int]) -> None:
+    weight = nn.Parameter(torch.randn(shape))
+    optimizer = Muon([{"params": [("w", weight)], "algorithm": "normuon"}])
+    weight.grad = torch.randn(shape)
+    optimizer.step()
+    momentum = optimizer.state_dict()["state"][0]["momentum_buffer"].clone()
+    optimizer.param_groups[0]["axes"] = "in_out"
+    optimizer.refresh()
+    state = optimizer.state_dict()["state"][0]
+    assert torch.equal(state["momentum_buffer"], momentum)
+    assert torch.equal(state["second_momentum_buffer"], torch.zeros(1, shape[1]))
+    optimizer.step()
+
+
 def test_names_by_place_follow_the_place() -> None:
     matrices = [nn.Parameter(torch.randn(4, 5)) for _ in range(4)]
     optimizer = Muon(matrices[:3])
