@@ -100,6 +100,7 @@ def _estimate(options: argparse.Namespace) -> dict[Kind, Memory]:
                 cost_model=cost_model,
                 weight_decay=source.weight_decay,
                 overrides=read_overrides(options),
+                matrices=source.matrices,
                 options=source.options,
             )
         except (TypeError, ValueError) as error:

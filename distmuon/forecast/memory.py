@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from distmuon import Muon, build_param_groups
-from distmuon.buckets import STATE_NAMES, BucketSpec, specify
+from distmuon.buckets import BucketSpec, specify, state_names
 from distmuon.cost import CostModel
 from distmuon.forecast.traffic import exchanged, held_numel, master_itemsize
 from distmuon.options import Policy
+from distmuon.param_groups import MatrixRule
 
 Kind = Literal["adamw-ddp", "adamw-zero1", "distmuon"]
 KINDS: tuple[Kind, ...] = ("adamw-ddp", "adamw-zero1", "distmuon")
@@ -32,8 +33,8 @@ class Memory:
         gradients: `p.grad`; with reduce="owned" what has been received in its place.
         buckets: DistributedDataParallel's own copy of the gradients.
         master: fp32 copies of narrow parameters.
-        momentum: Muon's momentum.
-        moments: AdamW's two moments.
+        momentum: Muon's momentum, and NorMuon's second moment.
+        moments: AdamW's two moments, or the state of the class in its place.
         averages: During the step: this rank's range of the averaged gradients.
         exchange: During the step: what is on its way to and from owners.
         work: During the step: temporaries of Newton-Schulz and of the update rules.
@@ -74,6 +75,7 @@ def estimate_memory(
     cost_model: CostModel | None = None,
     weight_decay: float = 0.1,
     overrides: Mapping[str, str] | None = None,
+    matrices: MatrixRule = "muon",
     options: Mapping[str, Any] | None = None,
 ) -> dict[Kind, Memory]:
     """Memory of one rank, activations and the framework itself left out.
@@ -87,6 +89,7 @@ def estimate_memory(
         cost_model: Rates to plan with; None for the defaults.
         weight_decay: As for `build_param_groups`.
         overrides: Likewise.
+        matrices: Likewise.
         options: Arguments of `Muon`.
 
     Returns:
@@ -96,7 +99,9 @@ def estimate_memory(
         ValueError: as `build_param_groups` and `Muon`.
         TypeError: as these.
     """
-    groups = build_param_groups(model, weight_decay=weight_decay, overrides=overrides)
+    groups = build_param_groups(
+        model, weight_decay=weight_decay, overrides=overrides, matrices=matrices
+    )
     optimizer = Muon(groups, **{**(options or {}), "cost_model": cost_model})
     policy = optimizer.policy
     specs = specify(optimizer.param_groups, optimizer.parameter_names, world_size, policy)
@@ -135,10 +140,6 @@ def _distmuon(specs: Sequence[BucketSpec], fixed: int, world_size: int, policy: 
     # What every rank has sent for this rank's range stays until the step adds it up.
     received = sum(world_size * max(held_numel(s.layout)) * _itemsize(s) for s in specs)
     is_reducing = world_size > 1 and policy.reduce != "ddp"
-    state = {
-        algorithm: sum(_state(spec) for spec in specs if spec.algorithm == algorithm)
-        for algorithm in STATE_NAMES
-    }
     exchanges = [_exchange(spec, policy) for spec in specs]
     return Memory(
         parameters=fixed + sum(spec.layout.numel * _itemsize(spec) for spec in specs),
@@ -146,8 +147,8 @@ def _distmuon(specs: Sequence[BucketSpec], fixed: int, world_size: int, policy: 
         + (received if is_reducing else 0),
         buckets=gradients if world_size > 1 and policy.reduce != "owned" else 0,
         master=sum(_shard(spec) for spec in specs if _is_narrow(spec)),
-        momentum=state["muon"],
-        moments=state["adamw"],
+        momentum=sum(_state(spec) for spec in specs if spec.ownership is not None),
+        moments=sum(_state(spec) for spec in specs if spec.ownership is None),
         averages=sum(_shard(spec) for spec in specs),
         exchange=max(exchanges),
         work=max(_work(spec) for spec in specs),
@@ -225,4 +226,5 @@ def _shard(spec: BucketSpec) -> int:
 
 
 def _state(spec: BucketSpec) -> int:
-    return len(STATE_NAMES[spec.algorithm]) * _shard(spec)
+    numel = sum(spec.places(name).shard_numel for name in state_names(spec.algorithm))
+    return numel * master_itemsize(spec)
