@@ -15,6 +15,8 @@ OptimizerName = Literal[
     "muon", "normuon", "adamw", "adam", "sgd", "momentum", "nag", "adagrad", "rmsprop", "adafactor",
     "lion", "lamb", "lars", "sophia", "shampoo",
 ]  # fmt: skip
+# Those that are distmuon.Muon itself; the others are compared with them.
+OURS: tuple[OptimizerName, ...] = ("muon", "normuon")
 Gradient = Literal["plain", "differentiable"]
 
 

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from distmuon.errors import Entry, with_entry
 from distmuon.qk_clip import Measure
-from distmuon.training.baselines import OptimizerName
+from distmuon.training.baselines import OURS, OptimizerName
 from distmuon.update_rules import AdjustLrMode, DecayRule
 
 T = TypeVar("T")
@@ -168,17 +168,17 @@ class OptimizerConfig:
     betas: tuple[float, float] = _key((0.9, 0.95), "averages of AdamW, Adam, Lion, LAMB, Sophia")
     eps: float = _key(1e-8, "added to the denominator of AdamW, Adam, Adagrad, RMSprop, LAMB")
     momentum: float = _key(0.95, "of Muon, and of momentum, nag, lars, shampoo")
-    nesterov: bool = _key(default=True, meaning="Nesterov momentum (muon only)")
-    ns_coefficients: str = _key("auto", "Newton-Schulz coefficient set (muon only)")
-    ns_steps: int | None = _key(None, "iterations; null takes the set's own number (muon only)")
+    nesterov: bool = _key(default=True, meaning="Nesterov momentum (muon, normuon)")
+    ns_coefficients: str = _key("auto", "Newton-Schulz coefficient set (muon, normuon)")
+    ns_steps: int | None = _key(None, "iterations; null takes the set's own number (muon, normuon)")
     adjust_lr_fn: AdjustLrMode = _key(  # noqa: RUF009 - a string, which cannot be changed
-        "match_rms_adamw", "how an update is scaled to the matrix shape (muon only)"
+        "match_rms_adamw", "how an update is scaled to the matrix shape (muon, normuon)"
     )
     decay_rule: DecayRule = _key(  # noqa: RUF009 - likewise
-        "decoupled", "cautious decays only what the update makes smaller too (muon only)"
+        "decoupled", "cautious decays only what the update makes smaller too (muon, normuon)"
     )
     max_update_rms: float | None = _key(
-        None, "largest RMS of a matrix's update before lr; null: no bound (muon only)"
+        None, "largest RMS of a matrix's update before lr; null: no bound (muon, normuon)"
     )
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class OptimizerConfig:
         bound = self.max_update_rms
         usable = bound is None or (_finite(bound) and bound > 0)
         _require(usable, "optimizer.max_update_rms", bound, "> 0, or null")
-        ours = self.name in ("muon", "normuon")
+        ours = self.name in OURS
         fits = ours or self.decay_rule == "decoupled"
         only = f"decoupled with optimizer.name={self.name}, which is not distmuon's"
         _require(fits, "optimizer.decay_rule", self.decay_rule, only)
@@ -206,7 +206,7 @@ class QKClipConfig:
     """QK-Clip: where attention logits exceed a threshold, query and key weights are scaled down."""
 
     threshold: float = _key(
-        0.0, "largest logit; inf only measures, 0 turns it off (muon only)", "fork"
+        0.0, "largest logit; inf only measures, 0 turns it off (muon, normuon)", "fork"
     )
     alpha: float = _key(0.5, "share of the queries in the factor; the keys take the rest")
     measure: Measure = _key(  # noqa: RUF009 - a string, which cannot be changed
@@ -244,7 +244,7 @@ class TrainConfig:
     )
     diagnostics_every: int = _key(
         0,
-        "steps between two looks at updates, weights and attention logits; 0 for none (muon only)",
+        "steps between two looks at updates, weights and logits; 0 for none (muon, normuon)",
         "free",
     )
 

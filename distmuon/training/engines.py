@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distmuon.training.baselines import BASELINES
+from distmuon.training.baselines import BASELINES, OURS
 from distmuon.training.config import Config, ConfigError
 from distmuon.training.with_deepspeed import start_deepspeed
 from distmuon.training.world import World
@@ -176,10 +176,10 @@ def build_engine(
             key="run.engine",
             entry="missing-package",
         )
-    if config.optimizer.name != "muon":
+    if config.optimizer.name not in OURS:
         raise ConfigError(
-            "run.engine=accelerate is for optimizer.name=muon: the ZeroRedundancyOptimizer of the "
-            "others cannot be prepared by Accelerate.",
+            "run.engine=accelerate is for optimizer.name=muon or normuon: the "
+            "ZeroRedundancyOptimizer of the others cannot be prepared by Accelerate.",
             key="run.engine",
         )
     return _prepare(config, world, model, optimizer, schedule)

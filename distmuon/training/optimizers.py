@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from distmuon import Muon, QKClip, build_param_groups
 from distmuon.param_groups import MatrixRule
 from distmuon.qk_clip import attention_layers, record
-from distmuon.training.baselines import BASELINES
+from distmuon.training.baselines import BASELINES, OURS
 from distmuon.training.config import Config, ConfigError, OptimizerConfig, TrainConfig
 from distmuon.training.world import World
 
@@ -41,8 +41,8 @@ def build_optimizer(
         model: the bare model, not its DDP wrapper, so that names are the model's own.
         config: the section `optimizer`.
         world: with its process group, or without for one process.
-        clip: what bounds the attention logits (Muon only).
-        diagnostics_every: steps between two looks at the updates; Muon's alone.
+        clip: what bounds the attention logits; Muon's and NorMuon's alone.
+        diagnostics_every: steps between two looks at the updates; likewise.
 
     Raises:
         ConfigError: for a value that the optimizer refuses, or one that is not installed.
@@ -52,7 +52,8 @@ def build_optimizer(
     )
     if config.name in BASELINES and diagnostics_every:
         raise ConfigError(
-            f"train.diagnostics_every needs optimizer.name=muon: {config.name} has none.",
+            "train.diagnostics_every needs optimizer.name=muon or normuon: "
+            f"{config.name} has none.",
             key="train.diagnostics_every",
         )
     ours: dict[str, Any] = {
@@ -96,7 +97,7 @@ def build_clip(model: nn.Module, config: Config) -> QKClip | None:
     if not config.qk_clip.threshold:
         return None
     for key, value, possible in (
-        ("optimizer.name", config.optimizer.name, ("muon",)),
+        ("optimizer.name", config.optimizer.name, OURS),
         ("run.engine", config.run.engine, ("native", "accelerate")),
     ):
         if value not in possible:

@@ -284,10 +284,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(name: str) ->
         assert torch.equal(value, before[key])
 
 
-@pytest.mark.parametrize("measure", ["exact", "bound"])
-def test_attention_logits_are_clipped_and_told(measure: str) -> None:
-    measured = trainer("qk_clip.threshold=inf", "optimizer.lr=0.05")
-    clipped = trainer("qk_clip.threshold=1.5", f"qk_clip.measure={measure}", "optimizer.lr=0.05")
+@pytest.mark.parametrize(
+    ("measure", "name"), [("exact", "muon"), ("bound", "muon"), ("exact", "normuon")]
+)
+def test_attention_logits_are_clipped_and_told(measure: str, name: str) -> None:
+    common = f"optimizer.name={name}", "optimizer.lr=0.05"
+    measured = trainer("qk_clip.threshold=inf", *common)
+    clipped = trainer("qk_clip.threshold=1.5", f"qk_clip.measure={measure}", *common)
     assert trainer().step(0).qk_clip is None
     runs = [[each.step(step).qk_clip for step in range(4)] for each in (measured, clipped)]
     assert all(logits["clipped_heads"] == 0 for logits in runs[0])
@@ -310,7 +313,9 @@ def test_the_largest_logit_of_all_passes_counts() -> None:
 
 
 def test_what_cannot_clip_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"qk_clip needs optimizer.name=muon, not adamw"):
+    with pytest.raises(
+        ConfigError, match=r"qk_clip needs optimizer.name=muon or normuon, not adamw"
+    ):
         trainer("qk_clip.threshold=30", "optimizer.name=adamw")
     with pytest.raises(
         ConfigError, match=r"qk_clip needs run.engine=native or accelerate, not dee"
