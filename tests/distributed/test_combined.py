@@ -82,9 +82,9 @@ def build(process_group: Any, dtype: torch.dtype, **options: Any) -> tuple[Model
 
 
 def observe(optimizer: Muon, step: int) -> None:
-    assert optimizer.qk_clip is not None
-    for index, layer in enumerate(optimizer.qk_clip.layers):
+    for index, layer in enumerate(optimizer.qk_clip.layers if optimizer.qk_clip else ()):
         generator = torch.Generator().manual_seed(7 * step + index)
+        assert optimizer.qk_clip is not None
         optimizer.qk_clip.observe(layer.name, 60.0 * torch.rand(layer.heads, generator=generator))
 
 
@@ -197,6 +197,26 @@ def test_all_together_with_gradients_that_the_optimizer_averages() -> None:
     for found in first[:2]:
         for name, value in weights(model).items():
             assert torch.equal(found[name], value), name
+
+
+def published_early() -> list[dict[str, Tensor]]:
+    group = dist.group.WORLD if dist.is_initialized() else None
+    found = []
+    for options in ({"layout": "flat", "wave_bytes": 1500}, {"layout": "aligned"}):
+        # QK-Clip would have everything wait: it scales last.
+        options |= {"publish_bytes": 512, "qk_clip": None}
+        model, optimizer = build(group, torch.float32, **options)
+        found.append(train(model, optimizer, range(STEPS)))
+        assert any(plan.parts for plan in optimizer.plan)
+    return found
+
+
+def test_parameters_published_in_parts_have_the_same_bits() -> None:
+    model, optimizer = build(None, torch.float32, qk_clip=None)
+    expected = train(model, optimizer, range(STEPS))
+    for results in run_ranks(3, published_early):
+        for result in results:
+            assert all(torch.equal(result[name], value) for name, value in expected.items())
 
 
 def rounded_wire() -> dict[str, Tensor]:

@@ -105,6 +105,21 @@ def test_state_is_cut_and_put_together_again() -> None:
             assert torch.equal(state[name], value)
 
 
+def test_each_matrix_has_its_own_values_in_its_owners_shard() -> None:
+    for world_size, owners in ((2, OWNERS), (1, (0,) * len(OWNERS))):
+        spec = spec_of(world_size, owners)
+        assert spec.row_places is not None
+        assert spec.ownership is not None
+        taken: list[set[int]] = [set() for _ in range(world_size)]
+        rows = zip(owners, spec.row_places.starts, spec.ownership.layout.specs, strict=True)
+        for owner, start, matrix in rows:
+            values = set(range(start, start + row_shape(matrix)[0]))
+            assert not values & taken[owner]
+            taken[owner] |= values
+        assert max(map(len, taken)) == spec.row_places.shard_numel
+        assert all(each == set(range(len(each))) for each in taken)
+
+
 def test_files_hold_several_ranges_of_one_tensor(tmp_path: Path) -> None:
     values = torch.arange(12.0)
     entry = TensorEntry("F32", (4, 3, 1))
