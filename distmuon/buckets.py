@@ -196,6 +196,9 @@ def specify(
 
     Returns:
         One spec per (algorithm, dtype, device): AdamW's first, then in order of appearance.
+
+    Raises:
+        ValueError: if a group has a tensor that has no name.
     """
     members: dict[tuple[Algorithm, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
     for index, group in enumerate(groups):
@@ -207,7 +210,9 @@ def specify(
     for (algorithm, dtype, device), entries in sorted(
         members.items(), key=lambda m: m[0][0] in MATRIX_ALGORITHMS
     ):
-        tensors = [read_spec(names[p], p.shape, groups[index]) for index, p in entries]
+        tensors = [
+            read_spec(_name(names, p, index), p.shape, groups[index]) for index, p in entries
+        ]
         ownership = None
         if algorithm in MATRIX_ALGORITHMS:
             ownership = choose(
@@ -235,6 +240,16 @@ def specify(
             )
         )
     return result
+
+
+def _name(names: Mapping[Tensor, str], parameter: Tensor, index: int) -> str:
+    if parameter not in names:
+        raise ValueError(
+            f"Parameter group {index} has a tensor of shape {list(parameter.shape)} that the "
+            "optimizer was not built with. DeepSpeed's ZeRO puts its partitions there: build the "
+            "optimizer with distmuon.deepspeed.from_model instead." + see("sharded-elsewhere")
+        )
+    return names[parameter]
 
 
 def _lr_factors(options: GroupOptions, spec: TensorSpec) -> str:

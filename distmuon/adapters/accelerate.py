@@ -55,8 +55,9 @@ def attach(
         ValueError: if model or optimizer were not prepared, the optimizer has another number of
             processes, or Accelerate shards or scales in a way that does not go with the optimizer.
     """
+    _refuse_sharded(accelerator)
     muon = unwrap(optimizer)
-    _refuse_unsupported(accelerator, muon)
+    _refuse_other_processes(accelerator, muon)
     prepared = [unwrap_any(each) for each in accelerator._optimizers]
     if muon not in prepared:
         raise ValueError(
@@ -124,14 +125,22 @@ def unwrap_any(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return inner
 
 
-def _refuse_unsupported(accelerator: Accelerator, muon: Muon) -> None:
+def _refuse_sharded(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed shards, clips, saves and loads by itself: build the optimizer with "
+            "distmuon.deepspeed.from_model, and leave attach out." + see("sharded-elsewhere")
+        )
     if kind not in [DistributedType[name] for name in _SUPPORTED]:
         raise ValueError(
             f"Accelerate runs with distributed_type={kind.value}, which shards model or optimizer "
             f"itself. Muon shards its own state: use one of {', '.join(_SUPPORTED)}."
             + see("sharded-elsewhere")
         )
+
+
+def _refuse_other_processes(accelerator: Accelerator, muon: Muon) -> None:
     world_size = muon.communicator.world_size
     if world_size != accelerator.num_processes:
         raise ValueError(

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from distmuon import Muon, build_param_groups
 from distmuon.adapters.accelerate import FOLDER, attach, load_state, save_state, unwrap
+from distmuon.adapters.deepspeed import ZeroOrtho, from_model
 from distmuon.errors import see
 from distmuon.param_groups import Decay, MatrixRule
 
@@ -91,6 +92,23 @@ class MuonFactory:
         return Muon(groups, lr=lr, weight_decay=weight_decay, **options)
 
 
+class ZeroFactory:
+    """What builds the optimizer in the place of `MuonFactory` where DeepSpeed is configured."""
+
+    def __call__(self, model: nn.Module, *, lr: float, **options: Any) -> ZeroOrtho:
+        """Build the optimizer that `deepspeed.initialize` takes.
+
+        Args:
+            model: The Trainer's, before DeepSpeed gets it.
+            lr: Learning rate.
+            **options: As for `distmuon.deepspeed.from_model`.
+
+        Raises:
+            ValueError: as `from_model`.
+        """
+        return from_model(model, lr=lr, **options)
+
+
 class MuonTrainerMixin(_AnyTrainer):
     """Put before a Trainer class: creates, saves, resumes, clips and accumulates with Muon."""
 
@@ -104,10 +122,13 @@ class MuonTrainerMixin(_AnyTrainer):
         Args:
             model: As in the Trainer.
         """
+        if self.is_deepspeed_enabled:
+            _refuse_separate_processes(self.accelerator.num_processes)
         factory, options = self.optimizer_cls_and_kwargs or (MuonFactory, {})
         if factory is MuonFactory:
             filled = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-            self.optimizer_cls_and_kwargs = (MuonFactory, {**filled, **options})
+            factory = ZeroFactory if self.is_deepspeed_enabled else MuonFactory
+            self.optimizer_cls_and_kwargs = (factory, {**filled, **options})
         return super().create_optimizer(model)
 
     @override
@@ -117,6 +138,8 @@ class MuonTrainerMixin(_AnyTrainer):
             # then not wrap it, and every process would train by itself.
             self.model._is_accelerate_prepared = False
         result = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # which shards, clips, saves and loads by itself
+            return result
         muon = unwrap(self.optimizer)
         if self._attached is not muon:  # train() may be called again
             attach(self.accelerator, self.optimizer, self.model_wrapped)
@@ -125,12 +148,13 @@ class MuonTrainerMixin(_AnyTrainer):
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_state(Path(output_dir) / FOLDER, unwrap(self.optimizer))
+        if not self.is_deepspeed_enabled:
+            save_state(Path(output_dir) / FOLDER, unwrap(self.optimizer))
         super()._save_optimizer_and_scheduler(output_dir)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:
             # The Trainer would go on without either of them, and without a word.
             for name in ("optimizer.pt", "scheduler.pt"):
                 if not (Path(checkpoint) / name).is_file():
@@ -145,3 +169,15 @@ class MuonTrainerMixin(_AnyTrainer):
 
 class MuonTrainer(MuonTrainerMixin, Trainer):
     """`transformers.Trainer` with Muon."""
+
+
+def _refuse_separate_processes(num_processes: int) -> None:
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if num_processes != world_size:
+        raise ValueError(
+            f"Accelerate takes this for {num_processes} processes, torch.distributed for "
+            f"{world_size}: all of them would train on the same data. It happens with DeepSpeed on "
+            'CPUs. Set ACCELERATE_USE_DEEPSPEED="true", call accelerate.PartialState('
+            'backend="gloo") before TrainingArguments, and give these '
+            'accelerator_config={"use_configured_state": True}.' + see("accelerate")
+        )

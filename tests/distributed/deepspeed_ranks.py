@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmuon import Muon, build_param_groups
+from distmuon.adapters.deepspeed.build import arrange
 
 LR, ADAM_LR = 0.02, 0.003
 
@@ -57,8 +58,13 @@ def batch(step: int, micro: int, rank: int) -> Tensor:
     )
 
 
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    loss = F.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
+def loss_of(model: nn.Module, tokens: Tensor, engine: Any = None) -> Tensor:
+    """Through the engine if there is one: what it does before a backward pass hangs on its outputs.
+
+    Without that BF16_Optimizer adds the gradients of earlier micro-batches once more.
+    """
+    logits = (engine or model)(tokens[:, :-1])
+    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
     # A push in random directions gives every matrix a gradient of full rank: orthogonalization
     # makes the rounding errors in an empty direction as large as everything else.
     generator = torch.Generator().manual_seed(int((tokens * torch.arange(9)).sum()))
@@ -88,6 +94,16 @@ class Case:
     clip: float = 0.0
     dtype: torch.dtype = torch.float32
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fp32_sums(self) -> bool:
+        """Whether DeepSpeed takes BF16_Optimizer."""
+        return "data_types" in self.rest
+
+    @property
+    def loss_scale(self) -> float:
+        """Of fp16, constant."""
+        return float(self.rest.get("fp16", {}).get("loss_scale", 1.0))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -143,7 +159,7 @@ def start(case: Case, model: nn.Module | None = None) -> Any:
 def train(engine: Any, case: Case, steps: range) -> None:
     for step in steps:
         for micro in range(case.accumulation):
-            engine.backward(loss_of(engine.module, batch(step, micro, dist.get_rank())))
+            engine.backward(loss_of(engine.module, batch(step, micro, dist.get_rank()), engine))
             engine.step()
 
 
@@ -152,7 +168,7 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
 
     Gradients are summed in DeepSpeed's order: rounding depends on it, and orthogonalization makes
     much of little where a gradient is nearly singular. In bf16, gradients are averaged in bf16 and
-    added to fp32 masters.
+    added to fp32 masters; BF16_Optimizer adds those of a rank's micro-batches in fp32 before.
     """
     model, masters = make_model(case.dtype), make_model(case.dtype).float()
     options = dict(case.options)
@@ -171,13 +187,15 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
         ]
         if case.stage == 2:  # averaged over the ranks after each micro-batch
             averaged = [_average(column) for column in zip(*grads, strict=True)]
-            total = _add(averaged)
+            total = _add(averaged, case)
         else:
-            total = _average([_add(row) for row in grads])
+            total = _average([_add(row, case) for row in grads])
         for p, grad in zip(masters.parameters(), total, strict=True):
-            p.grad = grad.float() if p.requires_grad else None
+            p.grad = grad.float() / case.loss_scale if p.requires_grad else None
         if case.clip and case.stage == 0:
             nn.utils.clip_grad_norm_(masters.parameters(), case.clip)
+        elif case.clip and case.fp32_sums:
+            _clip_in_fp32_(arrange(groups, None), case.clip)
         elif case.clip:
             _clip_(masters, case.clip)
         optimizer.step()
@@ -190,7 +208,7 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
 def _gradients(model: nn.Module, tokens: Tensor, case: Case) -> list[Tensor]:
     """Of every parameter; zeros where there is none, as in a flat partition."""
     model.zero_grad()
-    (loss_of(model, tokens) / case.accumulation).backward()
+    (loss_of(model, tokens) / case.accumulation * case.loss_scale).backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
@@ -203,9 +221,23 @@ def _clip_(model: nn.Module, max_norm: float) -> None:
         grad.mul_(1 / excess)
 
 
-def _add(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [functools.reduce(torch.add, column) for column in zip(*rows, strict=True)]
+def _clip_in_fp32_(groups: Sequence[Mapping[str, Any]], max_norm: float) -> None:
+    """The rule of BF16_Optimizer: fp32 throughout, tensor by tensor in the order of its groups."""
+    params = [p for group in groups for _, p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None and p.grad.any()]
+    norm = torch.stack([grad.norm(2.0) for grad in grads]).pow(2.0).sum().pow(0.5)
+    scale = max_norm / (norm + 1e-6)
+    for grad in grads if scale < 1 else ():
+        grad.mul_(scale)
+
+
+def _add(rows: Sequence[Sequence[Tensor]], case: Case) -> list[Tensor]:
+    """Micro-batches of a rank, in the dtype that they are added in, for the averaging."""
+    sums = torch.float32 if case.fp32_sums else case.dtype
+    columns = [[each.to(sums) for each in column] for column in zip(*rows, strict=True)]
+    return [functools.reduce(torch.add, column).to(case.dtype) for column in columns]
 
 
 def _average(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [total / len(rows) for total in _add(rows)]
+    columns = zip(*rows, strict=True)
+    return [functools.reduce(torch.add, column) / len(rows) for column in columns]

@@ -79,6 +79,10 @@ CASES: dict[str, Case] = {
     "bf16, stage 2, clip 1.0": Case(2, dtype=BF16, clip=1.0),
     "bf16, stage 2, accumulation": Case(2, dtype=BF16, accumulation=2),
     "bf16, BF16_Optimizer": Case(1, dtype=BF16, rest=FP32_SUMS),
+    "bf16, BF16_Optimizer, clip 1.0": Case(1, dtype=BF16, rest=FP32_SUMS, clip=1.0),
+    "bf16, BF16_Optimizer, accumulation 3, clip 0.05": Case(
+        1, dtype=BF16, rest=FP32_SUMS, accumulation=3, clip=0.05
+    ),
 }
 
 
@@ -110,6 +114,44 @@ def test_every_configuration_equals_one_process() -> None:
         assert wrappers["stage 0"] == "ZeroOrtho"
         assert wrappers["bf16, stage 1"] == "DeepSpeedZeroOptimizer"
         assert wrappers["bf16, BF16_Optimizer"] == "BF16_Optimizer"
+
+
+HALF = {"fp16": {"enabled": True, "loss_scale": 256}}
+HALF_CASES = {
+    "stage 1": Case(1, dtype=torch.float16, rest=HALF),
+    "stage 2": Case(2, dtype=torch.float16, rest=HALF),
+    "stage 2, clip 0.05": Case(2, dtype=torch.float16, rest=HALF, clip=0.05),
+}
+
+
+def run_fp16() -> dict[str, float]:
+    """Distance from the reference in fp16, which DeepSpeed refuses on CPUs that are slow at it."""
+    results = {}
+    with deepspeed_world():
+        from deepspeed.accelerator import get_accelerator, set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        class SlowCPU(CPU_Accelerator):
+            def is_fp16_supported(self) -> bool:
+                return True
+
+        before = get_accelerator()
+        set_accelerator(SlowCPU())
+        for name, case in HALF_CASES.items():
+            engine = start(case)
+            train(engine, case, range(3))
+            trained = parameters_of(engine.module)
+            results[name] = farthest(trained, reference(case, range(3), dist.get_world_size()))
+            assert farthest(trained, parameters_of(make_model(case.dtype))) > 0.02
+            engine.destroy()
+        set_accelerator(before)
+    return results
+
+
+def test_fp16_equals_one_process() -> None:
+    for far in run_ranks(2, run_fp16, timeout=LIMIT):
+        assert far.pop("stage 2, clip 0.05") <= 1e-6
+        assert set(far.values()) == {0.0}
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
