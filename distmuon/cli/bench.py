@@ -17,10 +17,11 @@ from distmuon.cli.output import (
     Column,
     CommandError,
     Table,
+    positive,
     print_table,
     write_file,
 )
-from distmuon.cli.ranks import RanksError, Team, add_rank_options, positive, run_team, team_of
+from distmuon.cli.ranks import RanksError, Team, add_rank_options, run_team, team_of
 
 if TYPE_CHECKING:
     import torch
@@ -279,5 +280,5 @@ def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     try:
         return positive(rows), positive(columns)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text} is no shape such as 1024x4096") from None

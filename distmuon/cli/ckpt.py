@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distmuon.cli.output import BROKEN, DONE, CommandError, add_json_option, print_json
+from distmuon.cli.output import BROKEN, DONE, CommandError, add_json_option, positive, print_json
 
 if TYPE_CHECKING:
     from distmuon.checkpoint.manifest import Manifest
@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--only", choices=("model", "optimizer"), help="default: everything")
     parser = _add(actions, "reshard", _reshard, "write it as if so many ranks had saved it")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument("--ranks", type=_positive, required=True, help="number of ranks")
+    parser.add_argument("--ranks", type=positive, required=True, help="number of ranks")
     parser = _add(actions, "export", _export, "write a file for torch's own optimizer")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), required=True)
@@ -175,10 +175,3 @@ def _say(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_say, value)) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number

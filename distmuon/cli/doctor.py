@@ -21,7 +21,8 @@ examples:
   distmuon doctor --json
   srun -n 1 python -m distmuon doctor      where the job runs, not where you log in
 
-{EXIT_CODES}: a problem was found"""
+A problem is what is wrong here; warnings and notes are not.
+{EXIT_CODES}"""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
+
+from typing_extensions import override
 
 from distmuon.cli import bench, ckpt, doctor, estimate, init, plan, plot, train, verify
-from distmuon.cli.output import EXIT_CODES, CommandError, print_error
+from distmuon.cli.output import EXIT_CODES, INTERRUPTED, USAGE, CommandError, print_error
 from distmuon.version import __version__
 
 COMMANDS = (init, train, plan, estimate, verify, bench, plot, doctor, ckpt)
 
 DESCRIPTION = f"Tools around distmuon, Muon with ZeRO-1.\n\n{EXIT_CODES}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Under a launcher a mistake is told once per machine, not once per rank."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        if _is_told_elsewhere():
+            self.exit(USAGE)
+        super().error(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="distmuon",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,18 +53,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    name = "distmuon"
     try:
         options, rest = parser.parse_known_args(arguments)
         if rest and not getattr(options, "takes_rest", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest
+        name = f"distmuon {options.command}"
         try:
             code: int = options.run(options)
         except CommandError as error:
-            print_error(options.command, str(error), options)
+            if error.code != USAGE or not _is_told_elsewhere():
+                print_error(options.command, str(error), options)
             code = error.code
         sys.stdout.flush()
     except BrokenPipeError:  # `distmuon ... | head`
         sys.stderr.close()
         return 0
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return code
+
+
+def _is_told_elsewhere() -> bool:
+    """Whether the first rank of this machine makes the same mistake; gives it time to say so."""
+    from distmuon.training.config import ConfigError, Launch
+    from distmuon.training.main import SILENT_WAIT_S
+
+    try:
+        first = Launch.from_environment().local_rank == 0
+    except ConfigError:
+        return False  # what is wrong with it is said where it matters
+    if not first:
+        # A launcher stops all ranks as soon as one fails: let the rank with the message be it.
+        time.sleep(SILENT_WAIT_S)
+    return not first

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distmuon.cli.output import CommandError, add_json_option
+from distmuon.cli.output import CommandError, add_json_option, positive
 from distmuon.errors import see
 
 if TYPE_CHECKING:
@@ -200,18 +200,3 @@ def without_collecting() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse.
-
-    Args:
-        text: From the command line.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is less.
-    """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number

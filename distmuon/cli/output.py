@@ -24,8 +24,11 @@ from distmuon.pictures.page import Grid
 DONE = 0
 BROKEN = 1
 USAGE = 2
+INTERRUPTED = 130
 
-EXIT_CODES = "exit codes: 0 done, 1 what was looked at is wrong, 2 the command was used wrongly"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 what was looked at is wrong, 2 the command was used wrongly, 130 Ctrl-C"
+)
 
 Align = Literal["left", "right"]
 
@@ -84,6 +87,24 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
         parser: Of the command.
     """
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1.
+
+    Args:
+        text: What the user wrote.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return number
 
 
 def print_table(table: Table, *, file: TextIO | None = None) -> None:

@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from distmuon.cli.output import USAGE, CommandError
+from distmuon.cli.output import USAGE, CommandError, positive
 from distmuon.errors import see, with_entry
 
 T = TypeVar("T")
@@ -139,21 +139,6 @@ def team_of(options: argparse.Namespace, *, default: int) -> Team:
         raise CommandError(str(error), code=USAGE, entry="launch") from None
 
 
-def positive(text: str) -> int:
-    """For argparse: a whole number of at least 1.
-
-    Args:
-        text: What the user wrote.
-
-    Raises:
-        ValueError: if it is no whole number, and so ArgumentTypeError if it is below 1.
-    """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
 def run_team(team: Team, function: Callable[..., T], *arguments: Any) -> list[T]:
     """Call a function on every rank, in a process group over all of them.
 
@@ -193,14 +178,16 @@ def _run_own(team: Team, message: bytes, folder: Path) -> list[Any]:
         context.Process(target=_rank_main, args=(team, rank, str(folder), message), daemon=True)
         for rank in range(team.size)
     ]
-    for process in processes:
-        process.start()
+    started = []
     try:
+        for process in processes:
+            process.start()
+            started.append(process)
         _wait(processes, folder, team.limit_s)
         late = [rank for rank, process in enumerate(processes) if process.is_alive()]
         return _settle(team, folder, late)
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
             process.join()
 

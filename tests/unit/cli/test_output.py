@@ -15,6 +15,7 @@ from typing_extensions import override
 from distmuon.cli import main as command_line
 from distmuon.cli.output import (
     BROKEN,
+    INTERRUPTED,
     USAGE,
     Column,
     CommandError,
@@ -22,6 +23,7 @@ from distmuon.cli.output import (
     add_json_option,
     format_facts,
     format_table,
+    positive,
     print_json,
     print_table,
     write_file,
@@ -116,3 +118,49 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_bytes() == "ä".encode()
     with pytest.raises(CommandError, match="cannot be written: No such file"):
         write_file(tmp_path / "nowhere" / "a.html", b"")
+
+
+class Stopped:
+    """A command that is interrupted."""
+
+    @staticmethod
+    def add_parser(commands: Any) -> None:
+        def run(options: argparse.Namespace) -> int:
+            raise KeyboardInterrupt
+
+        commands.add_parser("stop").set_defaults(run=run)
+
+
+def test_an_interrupt_is_one_line_and_the_shells_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "COMMANDS", (Stopped,))
+    assert command_line.main(["stop"]) == INTERRUPTED
+    assert capsys.readouterr() == ("", "\ndistmuon stop: interrupted.\n")
+
+
+def test_under_a_launcher_only_the_first_rank_of_a_machine_tells_a_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distmuon.training.main.SILENT_WAIT_S", 0.0)
+    monkeypatch.setattr(command_line, "COMMANDS", (Failing,))
+    told = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert command_line.main(["fail", str(USAGE)]) == USAGE
+        with pytest.raises(SystemExit, match=str(USAGE)):
+            command_line.main(["fail", "--nonsense"])
+        told.append(capsys.readouterr().err)
+    assert "no such thing" in told[0]
+    assert "usage:" in told[0]
+    assert told[1] == ""
+    # What is wrong with one rank alone is always said.
+    assert command_line.main(["fail", str(BROKEN)]) == BROKEN
+    assert "no such thing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "x", "1.5"])
+def test_a_count_is_a_whole_number(text: str) -> None:
+    assert positive("7") == 7
+    with pytest.raises(argparse.ArgumentTypeError, match="no whole number of at least 1"):
+        positive(text)
