@@ -52,6 +52,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--wave-bytes", type=positive, default=64 * 2**20, help="default: 64 MiB, in bytes"
     )
     parser.add_argument(
+        "--wire", choices=("full", "bfloat16"), default="full", help="default: full"
+    )
+    parser.add_argument(
         "--reduce", choices=("ddp", "hook", "owned"), default="ddp", help="default: ddp"
     )
     parser.add_argument("--adjust-lr-fn", help="default: the configuration's, or match_rms_adamw")
@@ -104,6 +107,7 @@ def read_source(options: argparse.Namespace) -> Source:
         "max_split": options.max_split,
         "split_dtype": options.split_dtype,
         "wave_bytes": options.wave_bytes,
+        "wire": options.wire,
         "reduce": options.reduce,
     }
     if options.adjust_lr_fn is not None:

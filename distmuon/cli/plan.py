@@ -80,9 +80,10 @@ def _run(options: argparse.Namespace) -> int:
 def _forecast(options: argparse.Namespace) -> tuple[Forecast, str]:
     with without_collecting():
         from distmuon.forecast.forecast import make_forecast
+        from distmuon.options import MATRIX_ALGORITHMS
 
         source = read_source(options)
-        if source.config is not None and source.config.optimizer.name == "adamw":
+        if source.config is not None and source.config.optimizer.name not in MATRIX_ALGORITHMS:
             raise CommandError(
                 f"{source.name} has optimizer.name={source.config.optimizer.name}, which orders "
                 "nothing and exchanges nothing. Add optimizer.name=muon."
@@ -158,6 +159,7 @@ def _as_json(forecast: Forecast, rates: str) -> dict[str, Any]:
             "max_split": policy.max_split,
             "split_dtype": policy.split_dtype,
             "wave_bytes": policy.wave_bytes,
+            "wire": policy.wire,
             "reduce": policy.reduce,
         },
         "cost_model": {

@@ -221,6 +221,7 @@ def _waves(count: int) -> str:
 def _options(forecast: Forecast) -> str:
     policy = forecast.policy
     text = f'layout="{policy.layout}", reduce="{policy.reduce}"'
+    text += f', wire="{policy.wire}"' if policy.wire != "full" else ""
     return text + (f", max_split={policy.max_split}" if policy.max_split > 1 else "")
 
 

@@ -12,12 +12,19 @@ import torch
 from torch import nn
 
 from distmuon import Muon, build_param_groups
-from distmuon.buckets import BucketSpec, specify, state_names
+from distmuon.buckets import BucketSpec, specify
 from distmuon.choice import Prediction, predict
 from distmuon.cost import CostModel
 from distmuon.forecast.doubts import doubt_about, find_owners, find_tables
 from distmuon.forecast.folding import fold_names
-from distmuon.forecast.traffic import Move, bytes_per_rank, loads, master_itemsize, moves
+from distmuon.forecast.traffic import (
+    Move,
+    bytes_per_rank,
+    loads,
+    master_itemsize,
+    moves,
+    state_bytes,
+)
 from distmuon.layout import read_spec
 from distmuon.options import MATRIX_ALGORITHMS, GroupOptions, Policy, read_options
 from distmuon.param_groups import MatrixRule
@@ -216,7 +223,7 @@ def make_forecast(
         buffers=tuple(_buffer(spec, policy, cost_model) for spec in specs),
         loads=loads(specs),
         sent={k: tuple(counts) for k, counts in bytes_per_rank(specs, policy).items()},
-        moves=moves(specs),
+        moves=moves(specs, policy),
         adamw=AdamW(one_way, one_way, 2 * one_way),
     )
 
@@ -324,14 +331,13 @@ def _buffer(spec: BucketSpec, policy: Policy, model: CostModel) -> Buffer:
         )
     others = (world_size - 1) * spec.layout.shard_numel
     wide = master_itemsize(spec)
-    state = sum(spec.places(name).shard_numel for name in state_names(spec.algorithm))
-    masters = spec.layout.shard_numel if wide != itemsize else 0
+    masters = wide * spec.layout.shard_numel if wide != itemsize else 0
     return Buffer(
         algorithm=spec.algorithm,
         dtype=_say(spec.parameters[0].dtype),
         numel=spec.numel,
         shard_numel=spec.layout.shard_numel,
-        state_bytes=wide * (state + masters),
+        state_bytes=state_bytes(spec) + masters,
         layout=spec.ownership.reason if spec.ownership else "",
         prediction=prediction,
         publish_seconds=model.collective(others, itemsize, world_size),

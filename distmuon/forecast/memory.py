@@ -10,9 +10,15 @@ from typing import Any, Literal
 from torch import nn
 
 from distmuon import Muon, build_param_groups
-from distmuon.buckets import BucketSpec, specify, state_names
+from distmuon.buckets import BucketSpec, specify
 from distmuon.cost import CostModel
-from distmuon.forecast.traffic import exchanged, held_numel, master_itemsize
+from distmuon.forecast.traffic import (
+    exchanged,
+    held_numel,
+    master_itemsize,
+    state_bytes,
+    wire_itemsize,
+)
 from distmuon.options import Policy
 from distmuon.param_groups import MatrixRule
 
@@ -147,8 +153,8 @@ def _distmuon(specs: Sequence[BucketSpec], fixed: int, world_size: int, policy: 
         + (received if is_reducing else 0),
         buckets=gradients if world_size > 1 and policy.reduce != "owned" else 0,
         master=sum(_shard(spec) for spec in specs if _is_narrow(spec)),
-        momentum=sum(_state(spec) for spec in specs if spec.ownership is not None),
-        moments=sum(_state(spec) for spec in specs if spec.ownership is None),
+        momentum=sum(state_bytes(spec) for spec in specs if spec.ownership is not None),
+        moments=sum(state_bytes(spec) for spec in specs if spec.ownership is None),
         averages=sum(_shard(spec) for spec in specs),
         exchange=max(exchanges),
         work=max(_work(spec) for spec in specs),
@@ -159,7 +165,7 @@ def _exchange(spec: BucketSpec, policy: Policy) -> int:
     """Messages of the rank that sends and receives most: three neighbouring waves at a time."""
     if spec.ownership is None:
         return 0
-    traffic = exchanged(spec.ownership, master_itemsize(spec), policy.sharing)
+    traffic = exchanged(spec, policy)
     totals = [sum(counts) for counts in zip(*traffic.values(), strict=True)]
     plan = spec.plan(totals.index(max(totals)), policy.wave_numel)
     assert plan is not None, "a Muon bucket has a plan"
@@ -181,7 +187,8 @@ def _exchange(spec: BucketSpec, policy: Policy) -> int:
         default=0,
     )
     small = plan.split.sent_numel("gram") + plan.split.sent_numel("transform")
-    return max(whole, shared) * master_itemsize(spec) + small * policy.sharing.itemsize
+    wide = max(whole * wire_itemsize(spec, policy), shared * master_itemsize(spec))
+    return wide + small * policy.sharing.itemsize
 
 
 def _work(spec: BucketSpec) -> int:
@@ -223,8 +230,3 @@ def _is_narrow(spec: BucketSpec) -> bool:
 def _shard(spec: BucketSpec) -> int:
     """Bytes of one rank's range in fp32 or wider."""
     return spec.layout.shard_numel * master_itemsize(spec)
-
-
-def _state(spec: BucketSpec) -> int:
-    numel = sum(spec.places(name).shard_numel for name in state_names(spec.algorithm))
-    return numel * master_itemsize(spec)

@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from distmuon.buckets import BucketSpec
+from distmuon.buckets import BucketSpec, state_names
 from distmuon.layout import Layout
 from distmuon.options import Policy
-from distmuon.ownership import Ownership
 from distmuon.report import planned_loads
 from distmuon.split_plan import moved_pieces
-from distmuon.splits import Sharing, packed_numel
+from distmuon.splits import packed_numel
 
 # What the agreement before a step sends beside one number for each parameter.
 _AGREED = 4
@@ -61,63 +60,65 @@ def bytes_per_rank(specs: Sequence[BucketSpec], policy: Policy) -> dict[str, lis
             add("reduce", [(numel - held) * itemsize for held in held_numel(spec.layout)])
         add("publish", [spec.layout.shard_numel * itemsize * (world_size - 1)] * world_size)
         if spec.ownership is not None:
-            for kind, counts in exchanged(
-                spec.ownership, master_itemsize(spec), policy.sharing
-            ).items():
+            for kind, counts in exchanged(spec, policy).items():
                 add(kind, counts)
     agreed = 8 * (sum(len(spec.parameters) for spec in specs) + _AGREED)
     add("agree", [2 * (world_size - 1) * agreed // world_size] * world_size)
     return {kind: counts for kind, counts in found.items() if any(counts)}
 
 
-def exchanged(ownership: Ownership, itemsize: int, sharing: Sharing) -> dict[str, list[int]]:
+def exchanged(spec: BucketSpec, policy: Policy) -> dict[str, list[int]]:
     """Bytes that each rank sends so that owners see whole matrices, and so that all get theirs.
 
     Args:
-        ownership: Places, owners and split matrices.
-        itemsize: Bytes of an element of the momentum.
-        sharing: Says how wide Gram matrices travel.
+        spec: Of matrices: places, owners and split matrices.
+        policy: Says how wide momentum and Gram matrices travel.
 
     Returns:
         "gather", "scatter", "gram" and "transform", a count for each rank.
     """
+    ownership = spec.ownership
+    assert ownership is not None, "only matrices have owners"
     layout = ownership.layout
-    gathered, scattered = ownership.traffic()
+    wire, itemsize = wire_itemsize(spec, policy), master_itemsize(spec)
+    gathered, scattered = ([wire * numel for numel in each] for each in ownership.traffic())
     grams, transforms = ([0] * layout.world_size for _ in range(2))
     for split in ownership.splits:
         for holder, user, numel in moved_pieces(layout, split):
-            gathered[holder] += numel
-            scattered[user] += numel
+            gathered[holder] += itemsize * numel
+            scattered[user] += itemsize * numel
         # A message is one packed matrix or two of them, and their scale.
         packed = packed_numel(min(layout.specs[split.matrix].shape))
         for rank in split.ranks:
             if rank != split.owner:
                 grams[rank] += packed + 1
                 transforms[split.owner] += 2 * packed + 1
-    wide = {"gather": gathered, "scatter": scattered}
     small = {"gram": grams, "transform": transforms}
+    narrow = policy.sharing.itemsize
     return {
-        **{kind: [count * itemsize for count in counts] for kind, counts in wide.items()},
-        **{kind: [count * sharing.itemsize for count in counts] for kind, counts in small.items()},
+        "gather": gathered,
+        "scatter": scattered,
+        **{kind: [count * narrow for count in counts] for kind, counts in small.items()},
     }
 
 
-def moves(specs: Sequence[BucketSpec]) -> tuple[Move, ...]:
+def moves(specs: Sequence[BucketSpec], policy: Policy) -> tuple[Move, ...]:
     """Who sends momentum to whom, in ascending order of both.
 
     Args:
         specs: All buckets.
+        policy: Says how wide momentum travels.
     """
     found: Counter[tuple[int, int]] = Counter()
     for spec in specs:
         if spec.ownership is None:
             continue
         layout, shared = spec.ownership.layout, spec.ownership.shared
-        itemsize = master_itemsize(spec)
+        wire, itemsize = wire_itemsize(spec, policy), master_itemsize(spec)
         for index, owner in enumerate(spec.ownership.owners):
             for rank in layout.span(index) if index not in shared else ():
                 if rank != owner:
-                    found[rank, owner] += layout.held(index, rank) * itemsize
+                    found[rank, owner] += layout.held(index, rank) * wire
         for split in spec.ownership.splits:
             for holder, user, numel in moved_pieces(layout, split):
                 found[holder, user] += numel * itemsize
@@ -136,6 +137,17 @@ def held_numel(layout: Layout) -> list[int]:
 def loads(specs: Sequence[BucketSpec]) -> tuple[int, ...]:
     """Newton-Schulz operations of each rank in one step, as in `Report.loads`."""
     return planned_loads(spec.ownership for spec in specs if spec.ownership is not None)
+
+
+def state_bytes(spec: BucketSpec) -> int:
+    """Bytes of a bucket's state on one rank, whatever its rule; master weights not counted."""
+    numel = sum(spec.places(name).shard_numel for name in state_names(spec.algorithm))
+    return numel * master_itemsize(spec)
+
+
+def wire_itemsize(spec: BucketSpec, policy: Policy) -> int:
+    """Bytes of an element of momentum and update on their way, of matrices with one owner."""
+    return 2 if policy.wire == "bfloat16" else master_itemsize(spec)
 
 
 def master_itemsize(spec: BucketSpec) -> int:

@@ -47,7 +47,8 @@ def build() -> nn.Module:
 
 def train(options: dict[str, Any], dtype: torch.dtype) -> tuple[Report, Counter[str]]:
     model = build().to(dtype)
-    owned = options["reduce"] == "owned"
+    reduce = options.get("reduce", "ddp")
+    owned = reduce == "owned"
     wrapped: nn.Module = model if owned else DistributedDataParallel(model)
     rates = {**RATES, "measured": {(32, 144): 2e-2}}
     optimizer = Muon(
@@ -56,7 +57,7 @@ def train(options: dict[str, Any], dtype: torch.dtype) -> tuple[Report, Counter[
         cost_model=CostModel(**rates),
         **options,
     )
-    if options["reduce"] != "ddp":
+    if reduce != "ddp":
         optimizer.attach(wrapped)
     before: Counter[str] = Counter()
     for step in range(STEPS + 1):
@@ -75,6 +76,7 @@ def train(options: dict[str, Any], dtype: torch.dtype) -> tuple[Report, Counter[
         ({"layout": "flat", "reduce": "owned", "wave_bytes": 4096}, torch.bfloat16, MOVING),
         ({"layout": "flat", "reduce": "hook", "max_split": 3}, torch.float32, MOVING | SHARED),
         ({"layout": "auto", "reduce": "ddp"}, torch.float32, frozenset()),
+        ({"wire": "bfloat16", "max_split": 3}, torch.float32, MOVING | SHARED),
     ],
 )
 def test_the_plan_is_what_four_ranks_report(

@@ -118,6 +118,7 @@ def test_strict_stops_at_a_guess_and_an_override_settles_it(
         (["nowhere.yaml"], "no such file"),
         ([CONFIG, "model.width=3"], "model.width"),
         ([CONFIG, "optimizer.name=adamw"], "optimizer.name=adamw"),
+        ([CONFIG, "optimizer.name=shampoo"], "optimizer.name=shampoo"),
         (["llama-7b", "model.layers=3"], "belongs to a training configuration"),
         (["nowhere:build"], "No module named 'nowhere'"),
         ([f"{__name__}:nobody"], "no attribute 'nobody'"),

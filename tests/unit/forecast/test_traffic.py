@@ -66,7 +66,7 @@ def test_the_sums_over_ranks_are_each_ranks_plan(
             expected = sum(planned(spec, rank, muon.policy).get(kind, 0) for spec in specs)
             assert found.get(kind, [0] * world_size)[rank] == expected, (kind, rank)
     sent, received = [0] * world_size, [0] * world_size
-    for holder, owner, nbytes in moves(specs):
+    for holder, owner, nbytes in moves(specs, muon.policy):
         assert holder != owner
         sent[holder] += nbytes
         received[owner] += nbytes
