@@ -199,6 +199,26 @@ def test_all_together_with_gradients_that_the_optimizer_averages() -> None:
             assert torch.equal(found[name], value), name
 
 
+def test_heads_of_every_rule_are_scaled_after_the_step() -> None:
+    ends = []
+    for logit in (20.0, 40.0):
+        model, optimizer = build(None, torch.float32)
+        for name, value in coefficients(0, 0, torch.float32).items():
+            model.get_parameter(name).grad = value
+        assert optimizer.qk_clip is not None
+        for layer in optimizer.qk_clip.layers:
+            optimizer.qk_clip.observe(layer.name, [logit] * layer.heads)
+        optimizer.step()
+        ends.append(weights(model))
+    free, clipped = ends
+    # Threshold 20, alpha 0.4; NorMuon's queries, SGD's keys, AdamW's bias.
+    for name, exponent in (("query", 0.4), ("key", 0.6)):
+        torch.testing.assert_close(clipped[name], free[name] * 0.5**exponent)
+    torch.testing.assert_close(clipped["bias"][:10], free["bias"][:10] * 0.5**0.4)
+    assert torch.equal(clipped["bias"][20:], free["bias"][20:])
+    assert torch.equal(clipped["experts"], free["experts"])
+
+
 def published_early() -> list[dict[str, Tensor]]:
     group = dist.group.WORLD if dist.is_initialized() else None
     found = []
