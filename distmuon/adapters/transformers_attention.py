@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from distmuon.errors import see
@@ -26,6 +27,7 @@ except ImportError as error:
         "pip install 'distmuon[hf]'." + see("missing-package")
     ) from error
 
+_observe = torch.compiler.disable(observe_pass)  # type: ignore[no-untyped-call]
 # transformers looks an implementation up by this name, which its model's configuration holds.
 _NAME = "distmuon_sdpa"
 
@@ -92,7 +94,7 @@ def _observed_sdpa(
         # As sdpa_attention_forward decides: without a mask the module's own word counts.
         length = query.shape[2]
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        observe_pass(
+        _observe(
             watch.clip,
             watch.layer,
             query,

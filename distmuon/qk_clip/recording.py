@@ -44,10 +44,10 @@ def record(
     if unknown:
         raise KeyError(f"No attention layer {unknown[0]!r} in this QKClip." + see("qk-clip-logits"))
 
+    observe = torch.compiler.disable(observe_pass)  # type: ignore[no-untyped-call]
+
     def look(name: str, query: Tensor, key: Tensor) -> None:
-        observe_pass(
-            clip, name, query, key, scale=scale, masking=masking, mask=None, measure=measure
-        )
+        observe(clip, name, query, key, scale=scale, masking=masking, mask=None, measure=measure)
 
     def hook_for(name: str) -> Any:
         return lambda module, inputs: look(name, inputs[0], inputs[1])
@@ -55,8 +55,6 @@ def record(
     return [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
 
 
-# Its data leave the graph: a compiled model breaks its graph here, and is right.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def observe_pass(
     clip: QKClip,
     layer: str,
@@ -69,6 +67,10 @@ def observe_pass(
     measure: Measure,
 ) -> None:
     """Observe one layer's queries and keys, unless gradients are off.
+
+    Its data leave a compiled graph: who calls it from a model's forward wraps it in
+    `torch.compiler.disable` there. Not here, as that imports the compiler, which takes as long as
+    torch itself.
 
     Args:
         clip: What observes.
