@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from torch import nn
@@ -124,7 +125,7 @@ def _by_part(entry: Entry, adapters: frozenset[str]) -> Verdict | None:
     for use in entry.uses:
         parts = use.fqn.split(".")
         leaf = parts[-1]
-        if any(_LORA_NAME.fullmatch(part) for part in parts):
+        if any(map(_is_lora, parts)):
             return Verdict(adapted, "LoRA factor: orthogonalizing one factor is not Muon on W")
         if adapter := next((part for part in parts if part in adapters), None):
             return Verdict(adapted, f"part of an adapter ({adapter}), no weight matrix")
@@ -254,7 +255,7 @@ def _heads_by_name(entries: Sequence[Entry]) -> dict[int, Verdict]:
     for entry in entries:
         for use in entry.uses:
             parts = use.fqn.split(".")
-            if entry.parameter.dim() < 2 or any(map(_LORA_NAME.fullmatch, parts)):
+            if entry.parameter.dim() < 2 or any(map(_is_lora, parts)):
                 continue
             name = _telling_name(use.fqn)
             key = _head_container(parts)
@@ -317,5 +318,16 @@ def _telling_name(fqn: str) -> str:
 
 def _base_class(module: nn.Module, pattern: re.Pattern[str]) -> str | None:
     """The name of the module's own class if it or one of its bases matches."""
-    matches = any(pattern.fullmatch(base.__name__) for base in type(module).__mro__)
-    return type(module).__name__ if matches else None
+    bases = tuple(base.__name__ for base in type(module).__mro__)
+    return bases[0] if _matches(bases, pattern) else None
+
+
+# A model of 70,000 matrices has few classes and few words in its names.
+@cache
+def _matches(bases: tuple[str, ...], pattern: re.Pattern[str]) -> bool:
+    return any(map(pattern.fullmatch, bases))
+
+
+@cache
+def _is_lora(part: str) -> bool:
+    return _LORA_NAME.fullmatch(part) is not None

@@ -11,12 +11,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from typing_extensions import override
 
 from distmuon.cli import bench, ckpt, doctor, estimate, init, plan, plot, train, verify
-from distmuon.cli.output import EXIT_CODES, INTERRUPTED, USAGE, CommandError, print_error
+from distmuon.cli.output import (
+    EXIT_CODES,
+    INTERRUPTED,
+    USAGE,
+    CommandError,
+    print_error,
+    print_json,
+)
 from distmuon.version import __version__
 
 COMMANDS = (init, train, plan, estimate, verify, bench, plot, doctor, ckpt)
@@ -25,12 +32,23 @@ DESCRIPTION = f"Tools around distmuon, Muon with ZeRO-1.\n\n{EXIT_CODES}"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Under a launcher a mistake is told once per machine, not once per rank."""
+    """Tells a mistake once per machine, not once per rank, and with `--json` as JSON, too."""
+
+    asks_for_json = False
+
+    @override
+    def parse_known_args(  # type: ignore[override]  # argparse has four overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        self.asks_for_json = "--json" in (sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     @override
     def error(self, message: str) -> NoReturn:
         if _is_told_elsewhere():
             self.exit(USAGE)
+        if self.asks_for_json:
+            print_json({"error": message}, ok=False)
         super().error(message)
 
 

@@ -164,3 +164,12 @@ def test_a_count_is_a_whole_number(text: str) -> None:
     assert positive("7") == 7
     with pytest.raises(argparse.ArgumentTypeError, match="no whole number of at least 1"):
         positive(text)
+
+
+def test_a_mistake_in_the_options_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["doctor", "--bogus", "--json"])
+    assert stop.value.code == USAGE
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"ok": False, "error": "unrecognized arguments: --bogus"}
+    assert "usage:" in err
