@@ -117,7 +117,8 @@ def test_resuming_on_any_number_of_processes_goes_on_as_if_nothing_had_been(
         for each in run_ranks(
             world_size, train, tmp_path / f"on-{world_size}", options, str(checkpoint), 1
         ):
-            atol = 0 if world_size == 2 else 1e-6
+            # Gradients are summed in another order; Halley's inverses enlarge the last bits.
+            atol = 0 if world_size == 2 else 1e-5
             for name, value in through.weights.items():
                 torch.testing.assert_close(each.weights[name], value, rtol=0, atol=atol)
             assert each.eval_loss == pytest.approx(through.eval_loss, abs=1e-5)
