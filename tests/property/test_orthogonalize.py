@@ -12,6 +12,7 @@ from distmuon.orthogonalize.policy import Method
 from tests.unit.orthogonalize.spectra import largest_singular_value, orthonormal
 
 FORMS: tuple[Method, ...] = ("newton_schulz", "gram")
+DEFAULTS = [*(("p5", form) for form in FORMS), ("halley", "auto")]
 
 
 def adversarial(count: int, m: int, n: int, seed: int) -> Tensor:
@@ -33,13 +34,13 @@ def adversarial(count: int, m: int, n: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 60), (60, 24), (1, 40), (2, 2)])
-@pytest.mark.parametrize("method", FORMS)
-def test_p5_never_overshoots(method: Method, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("name", "method"), DEFAULTS)
+def test_the_defaults_never_overshoot(name: str, method: Method, shape: tuple[int, int]) -> None:
     spectra = adversarial(200, *shape, seed=0)
     worst = 0.0
     for decade in (*range(-30, 31, 4), -36, 36):
         x = (spectra * 10.0**decade).float()
-        out = orthogonalize(x, method=method, coefficients="p5")
+        out = orthogonalize(x, method=method, coefficients=name)
         worst = max(worst, largest_singular_value(out))
         assert bool(((out.double() * spectra).sum(dim=(-2, -1)) > 0).all())
     assert worst <= 1.01
@@ -47,14 +48,14 @@ def test_p5_never_overshoots(method: Method, shape: tuple[int, int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(24, 60), (48, 48), (1, 40)])
-@pytest.mark.parametrize("method", FORMS)
-def test_p5_never_overshoots_at_any_of_sixty_decades(
-    method: Method, shape: tuple[int, int]
+@pytest.mark.parametrize(("name", "method"), DEFAULTS)
+def test_the_defaults_never_overshoot_at_any_of_sixty_decades(
+    name: str, method: Method, shape: tuple[int, int]
 ) -> None:
     spectra = adversarial(200, *shape, seed=1)
     for decade in (*range(-30, 31), -36, 36):
         x = (spectra * 10.0**decade).float()
-        out = orthogonalize(x, method=method, coefficients="p5")
+        out = orthogonalize(x, method=method, coefficients=name)
         assert largest_singular_value(out) <= 1.01
         assert bool(((out.double() * spectra).sum(dim=(-2, -1)) > 0).all())
 

@@ -142,6 +142,16 @@ def test_rotations_and_transposes_go_through(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(transposed, out.T, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (24, 72), (48, 192)])
+def test_orthogonal_equivariance(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (orthonormal(n, n, generator).float() for n in shape)
+    x = torch.randn(shape, generator=generator)
+    rotated = orthogonalize(left @ x @ right, coefficients="halley")
+    expected = left @ orthogonalize(x, coefficients="halley") @ right
+    torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["flat", "uniform", "power_law", "condition_1e2"])
 @pytest.mark.parametrize("shape", [(48, 48), (64, 256), (256, 64), (100, 100)])
 def test_the_matched_rms_means_what_it_says(kind: str, shape: tuple[int, int]) -> None:
