@@ -144,7 +144,7 @@ def test_accumulation_clipping_and_schedule_are_those_of_one_process(
 ) -> None:
     alone = train_alone(range(3))
     for found in run_ranks(world_size, train, range(3), reduce):
-        assert_same(found, alone, 1e-5)
+        assert_same(found, alone, 1e-6)
         assert found.norms == pytest.approx(alone.norms, rel=1e-5)
         assert found.lrs == pytest.approx(alone.lrs)
     assert alone.norms[0] > MAX_NORM, "nothing was clipped"
@@ -158,7 +158,7 @@ def test_resuming_on_any_number_of_processes_goes_on_as_if_nothing_had_been(
     for world_size in (2, 1, 4):
         resumed = run_ranks(world_size, train, range(2, 5), reduce, tmp_path / "ckpt", None, 1)
         for each in resumed:
-            assert_same(each, through, 0 if world_size == 2 else 1e-5)
+            assert_same(each, through, 0 if world_size == 2 else 1e-6)
             assert each.lrs == through.lrs[2:]
 
 

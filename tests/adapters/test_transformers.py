@@ -108,7 +108,8 @@ def train(
 def test_resuming_on_any_number_of_processes_goes_on_as_if_nothing_had_been(
     reduce: str, tmp_path: Path
 ) -> None:
-    options = {"reduce": reduce} if reduce != "ddp" else {}
+    # Sums of gradients differ in their last bits, which Halley's inverses would enlarge.
+    options = {"ns_coefficients": "p5"} | ({"reduce": reduce} if reduce != "ddp" else {})
     through = run_ranks(2, train, tmp_path, options)[0]
     checkpoint = tmp_path / f"checkpoint-{SAVED}"
     assert {"distmuon", "optimizer.pt", "scheduler.pt"} <= {p.name for p in checkpoint.iterdir()}
@@ -117,8 +118,7 @@ def test_resuming_on_any_number_of_processes_goes_on_as_if_nothing_had_been(
         for each in run_ranks(
             world_size, train, tmp_path / f"on-{world_size}", options, str(checkpoint), 1
         ):
-            # Gradients are summed in another order; Halley's inverses enlarge the last bits.
-            atol = 0 if world_size == 2 else 1e-5
+            atol = 0 if world_size == 2 else 1e-6
             for name, value in through.weights.items():
                 torch.testing.assert_close(each.weights[name], value, rtol=0, atol=atol)
             assert each.eval_loss == pytest.approx(through.eval_loss, abs=1e-5)
