@@ -1,7 +1,7 @@
 """Speed and accuracy of `distmuon.orthogonalize` beside torch.optim.Muon's formulation.
 
     OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py speed [--shapes 512x512 ...]
-    OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py {accuracy,range,panels,batching,aspect}
+    OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py {accuracy,symmetries,range,panels,batching,aspect}
     OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py slow-bfloat16
 
 One process and one thread; the contestants of a line run in turn, one call each, so that a busy
@@ -261,6 +261,33 @@ def accuracy() -> None:
             )
 
 
+def symmetries() -> None:
+    """Largest entry of f(U X V) - U f(X) V and of f(X.T) - f(X).T, twelve random matrices each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rotation(n: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+
+    shapes = ((64, 64), (128, 128), (128, 136), (384, 384), (384, 400), (512, 512), (768, 768))
+    for m, n in (*shapes, (1024, 1024), (128, 512)):
+        for name in ("auto", "p5", "halley"):
+            rotated, transposed = torch.zeros(()), torch.zeros(())
+            for _ in range(12):
+                x, left, right = torch.randn(m, n, generator=generator), rotation(m), rotation(n)
+                out = orthogonalize(x, coefficients=name)
+                turned = orthogonalize(left @ x @ right, coefficients=name)
+                rotated = (turned - left @ out @ right).abs().amax().maximum(rotated)
+                other = orthogonalize(x.mT, coefficients=name).mT
+                transposed = (other - out).abs().amax().maximum(transposed)
+            emit(
+                "symmetries",
+                shape=f"{m}x{n}",
+                preset=name,
+                rotated=significant(rotated),
+                transposed=significant(transposed),
+            )
+
+
 def image_of(s: Tensor, name: str) -> Tensor:
     """The exact function that a schedule is, of singular values in float64."""
     schedule = resolve(name)
@@ -327,6 +354,7 @@ def main() -> None:
     """Run one benchmark."""
     plain: dict[str, Callable[[], None]] = {
         "accuracy": accuracy,
+        "symmetries": symmetries,
         "range": image_ranges,
         "panels": panels,
         "batching": batching,

@@ -29,7 +29,7 @@ SPECTRA = ("power_law", "condition_1e2", "condition_1e3", "condition_1e4", "rank
 def in_parts(x: Tensor, k: int, dtype: torch.dtype, name: str = "p5") -> Tensor:
     """What k ranks would do with a wide matrix."""
     parts = [part_gram(part, dtype=dtype) for part in x.tensor_split(k, 1)]
-    halves = check_parts(name, None, dtype, CPU)
+    halves = check_parts(name, None, dtype, CPU, x.shape)
     transform = find_transform([p.gram for p in parts], [p.largest for p in parts], halves)
     return torch.cat([apply_transform(part, transform) for part in parts], 1)
 
@@ -92,7 +92,7 @@ def cost() -> None:
         }
         for dtype in (torch.float32, torch.float64):
             label = str(dtype).removeprefix("torch.")
-            halves = check_parts("halley", None, dtype, CPU)
+            halves = check_parts("halley", None, dtype, CPU, x.shape)
             part = part_gram(x[:, : long // 4].contiguous(), dtype=dtype)
             transform = find_transform([part.gram], [part.largest], halves)
             calls[f"gram_{label}"] = lambda s=part.scaled, d=dtype: part_gram(s, dtype=d)

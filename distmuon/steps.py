@@ -317,7 +317,7 @@ def _split_jobs(
         try:
             _refuse_parts(chosen)
             halves = check_parts(
-                chosen.ns_coefficients, chosen.ns_steps, bucket.split.dtype, device
+                chosen.ns_coefficients, chosen.ns_steps, bucket.split.dtype, device, spec.shape
             )
         except (TypeError, ValueError) as error:
             raise type(error)(

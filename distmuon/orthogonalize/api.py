@@ -52,8 +52,8 @@ def orthogonalize(
     """Approximate polar factor U Vᵀ of each matrix U S Vᵀ.
 
     The result depends on the matrix's values alone: bitwise not on its scale by powers of two, its
-    memory layout or its alignment. A batch is a loop over its matrices (small ones go through
-    batched products, which may round differently).
+    memory layout or its alignment. On CPUs, to the bit, a batch is a loop over its matrices, and
+    the transpose of a matrix that is not square gives the transposed result.
 
     Args:
         x: [..., m, n], float64, float32, float16 or bfloat16. Never modified.
@@ -61,8 +61,9 @@ def orthogonalize(
             takes the faster of the two that is stable; "coupled" is their textbook reference.
             "svd" and "eigh" are exact and leave `coefficients` aside.
         coefficients: "auto", a preset's name, a schedule, one (a, b, c) repeated `steps` times, or
-            one (a, b, c) a step. "auto" is the fastest on the device of two that are about equally
-            exact: on CPUs "halley", a rational iteration, elsewhere the quintic "p5".
+            one (a, b, c) a step. "auto" is the faster of two that are about equally exact: the
+            quintic "p5" or, for larger matrices on a CPU, the rational "halley"; see
+            `policy.for_device`.
         steps: number of steps; None takes the schedule's own.
         dtype: dtype of the matrix products; None chooses by input and device, see
             `policy.working_dtype`.
@@ -113,7 +114,7 @@ def orthogonalize_checked(
     _check_input(x)
     _check_choices(method, nonfinite, steps)
     schedule = policy.for_device(
-        coefficients, steps, method=method, requested=dtype, device=x.device
+        coefficients, steps, method=method, requested=dtype, device=x.device, shape=x.shape
     )
     work = policy.working_dtype(x, method, dtype, schedule)
     if method not in _EXACT and isinstance(schedule, Schedule):
@@ -123,8 +124,6 @@ def orthogonalize_checked(
     plan = _Plan(method, schedule, work, nonfinite)
     # Under autocast every product here would silently become a bfloat16 one.
     with torch.autocast(x.device.type, enabled=False):
-        if x.dim() == 2:
-            return Orthogonalized(*_one(x, plan))
         update, finite = _each(x.reshape(-1, *x.shape[-2:]), plan)
     return Orthogonalized(update.reshape(x.shape), finite.reshape(x.shape[:-2]))
 
@@ -136,24 +135,39 @@ class _Plan(NamedTuple):
     nonfinite: NonFinite
 
     @property
-    def needs_finite(self) -> bool:
-        """Whether LAPACK sees the matrix, which does not pass NaNs on."""
+    def uses_lapack(self) -> bool:
+        """Whether LAPACK sees the matrix: it does not pass NaNs on, and rounds as memory lies."""
         return self.method in _EXACT or isinstance(self.schedule, Rational)
 
 
 def _each(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     count, m, n = x.shape
+    stacked = stack_numel(x.device) // (m * n)
+    if _batched_on_cpu(x, plan):
+        return _one(x, plan)
     if count == 1:
         update, finite = _one(x[0], plan)
         return update[None], finite[None]
-    stacked = stack_numel(x.device) // (m * n)
-    if count <= stacked or (x.device.type == "cpu" and m * n <= _BATCHED_ENTRIES):
+    if count <= stacked:
         return _one(x, plan)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if stacked > 1:
         slices = [slice(start, start + stacked) for start in range(0, count, stacked)]
         return out, torch.cat([_one_into(out[some], x[some], plan) for some in slices])
     return out, torch.stack([_one_into(out[i], x[i], plan) for i in range(count)])
+
+
+def _batched_on_cpu(x: Tensor, plan: _Plan) -> bool:
+    """Whether small matrices go through batched products, also a single one: they round alike then.
+
+    With sides that are multiples of four every matrix of a batch, and its Gram matrix, starts on a
+    boundary of 64 bytes; products of others would round by where they start. In half precision
+    torch's batched product rounds before it adds, with which `cubic` becomes infinite.
+    """
+    m, n = x.shape[-2:]
+    aligned = m % 4 == 0 and n % 4 == 0
+    exact = plan.dtype == torch.float32 and not plan.uses_lapack
+    return x.device.type == "cpu" and m * n <= _BATCHED_ENTRIES and aligned and exact
 
 
 def stack_numel(device: torch.device) -> int:
@@ -176,13 +190,16 @@ def _one(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     amax = largest_entry(x)
     finite = is_finite(amax)
     scaled = prescale(x, amax)
-    if plan.nonfinite == "zero" or plan.needs_finite:
+    if plan.nonfinite == "zero" or plan.uses_lapack:
         # LAPACK raises on NaN or loses it, and inf * 0 is NaN: only a selection removes them.
         scaled = torch.where(finite, scaled, 0.0)
-    wide = scaled if x.size(-2) <= x.size(-1) else scaled.mT
+    tall = x.size(-2) > x.size(-1)
+    # A copy, as products of transposed views round differently; also of a view of one column.
+    wide = scaled.mT.clone(memory_format=torch.contiguous_format) if tall else scaled
+    del scaled
     out = _iterate(wide, plan) if plan.method not in _EXACT else _decompose(wide, plan)
-    out = out if x.size(-2) <= x.size(-1) else out.mT
-    if plan.nonfinite == "propagate" and plan.needs_finite:
+    out = out.mT if tall else out
+    if plan.nonfinite == "propagate" and plan.uses_lapack:
         out = torch.where(finite, out, torch.nan)
     return out.to(x.dtype).contiguous(), finite[..., 0, 0]
 
@@ -213,7 +230,7 @@ def _iterate(wide: Tensor, plan: _Plan) -> Tensor:
         )
     if method == "coupled":
         return newton_schulz.coupled(work, plan.schedule)
-    return newton_schulz.plain(work.contiguous(), plan.schedule)
+    return newton_schulz.plain(work, plan.schedule)
 
 
 def _check_input(x: Tensor) -> None:

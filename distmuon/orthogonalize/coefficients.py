@@ -197,7 +197,7 @@ def resolve(coefficients: Coefficients, steps: int | None = None) -> AnySchedule
 
     Args:
         coefficients: one of `NAMES`, a schedule, one (a, b, c) repeated `steps` times, or one
-            (a, b, c) a step. "auto" is "p5" here, as on every device but a CPU.
+            (a, b, c) a step. "auto" is "p5" here, as everywhere but for larger matrices on a CPU.
         steps: number of steps; None takes the preset's default, 5 for one triple, and the length
             of a sequence of triples or of a Schedule.
 

@@ -46,7 +46,9 @@ def count_flops(
         ValueError: as in `orthogonalize`.
     """
     m, n = sorted(shape)
-    schedule = policy.for_device(coefficients, steps, method="auto", requested=dtype, device=device)
+    schedule = policy.for_device(
+        coefficients, steps, method="auto", requested=dtype, device=device, shape=shape
+    )
     if isinstance(schedule, Rational):
         square, long = (_symmetric(m, k, device.type) for k in (m, n))
         count, inverses = _rational_transform(schedule.steps)

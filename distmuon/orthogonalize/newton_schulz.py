@@ -61,10 +61,7 @@ class _Factor(NamedTuple):
     shift: float
 
     def times(self, x: Tensor) -> Tensor:
-        """The factor times x [..., m, n], in x's memory order."""
-        if x.stride(-1) != 1:
-            # From the other side, so that a transposed view stays one and nothing is copied.
-            return self._transposed(x.mT).mT
+        """The factor times x [..., m, n]."""
         if self.shift == 0.0:
             return product(self.matrix, x)
         return product_add(x, self.matrix, x, beta=self.shift)
@@ -74,11 +71,6 @@ class _Factor(NamedTuple):
         if self.shift == 0.0:
             return symmetric_product(r, self.matrix)
         return symmetric_product_add(r, r, self.matrix, beta=self.shift)
-
-    def _transposed(self, x: Tensor) -> Tensor:
-        if self.shift == 0.0:
-            return product(x, self.matrix)
-        return product_add(x, x, self.matrix, beta=self.shift)
 
 
 def _factor(r: Tensor, triple: Triple) -> _Factor:
@@ -120,12 +112,12 @@ def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) 
     """Iterate on R = X Xᵀ alone and multiply by X once a window: X <- Q(R) X.
 
     Args:
-        x: [..., m, n] with m <= n, entries at most 1; may be a transposed view. Not modified.
+        x: [..., m, n] with m <= n, entries at most 1. Not modified.
         schedule: normalization.
         windows: the schedule's coefficients, cut where R is formed anew (`stability.windows`).
 
     Returns:
-        [..., m, n], in x's memory order.
+        [..., m, n].
 
     Source: https://tridao.me/blog/2026/gram-newton-schulz/
     """

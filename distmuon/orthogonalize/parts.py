@@ -61,7 +61,11 @@ class Transform(NamedTuple):
 
 
 def check_parts(
-    coefficients: Coefficients, steps: int | None, dtype: torch.dtype, device: torch.device
+    coefficients: Coefficients,
+    steps: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Sequence[int],
 ) -> Halves:
     """Cut a schedule in two, or refuse it for matrices in parts.
 
@@ -70,6 +74,7 @@ def check_parts(
         steps: likewise.
         dtype: of the Gram matrix, float32 or float64.
         device: where the products run.
+        shape: (m, n) of the whole matrix; "auto" depends on it.
 
     Returns:
         The schedule and its halves.
@@ -85,7 +90,9 @@ def check_parts(
             "torch.float64: small eigenvalues of a narrower one turn negative, and are amplified."
             + see("unsafe-coefficients")
         )
-    schedule = policy.for_device(coefficients, steps, method="auto", requested=dtype, device=device)
+    schedule = policy.for_device(
+        coefficients, steps, method="auto", requested=dtype, device=device, shape=shape
+    )
     products = policy.arithmetic(dtype, device)
     if isinstance(schedule, Schedule):
         stability.check(schedule, products)

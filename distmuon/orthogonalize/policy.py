@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal, TypeAlias
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distmuon.errors import see
-from distmuon.orthogonalize.coefficients import Coefficients, resolve
+from distmuon.orthogonalize import halley
+from distmuon.orthogonalize.coefficients import QUINTIC_DEFAULT, Coefficients, resolve
 from distmuon.orthogonalize.products import SMALLEST_CUT
 from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule
 from distmuon.orthogonalize.stability import Arithmetic, windows
@@ -21,6 +23,11 @@ Method: TypeAlias = Literal["auto", "newton_schulz", "gram", "coupled", "svd", "
 # the size at which symmetric products are cut, it saves less.
 _GRAM_ASPECT = 4 / 3
 _GRAM_ASPECT_UNCUT = 1.6
+
+# Short side from which a CPU gains from the rational iteration; and, for nearly square matrices,
+# from which rounding errors of its result stay below 1e-5: measured, docs/numerics.md.
+_SMALLEST_RATIONAL = 128
+_SMALLEST_SQUARE_RATIONAL = 384
 
 _ARITHMETIC: dict[torch.dtype, Arithmetic] = {
     torch.float64: "float64",
@@ -50,8 +57,9 @@ def for_device(
     method: Method,
     requested: torch.dtype | None,
     device: torch.device,
+    shape: Sequence[int],
 ) -> AnySchedule:
-    """`coefficients.resolve`, with "auto" as what is fastest on a device among the equally exact.
+    """`coefficients.resolve`, with "auto" as what is fastest among the equally exact.
 
     Args:
         coefficients: what the user wrote.
@@ -59,10 +67,12 @@ def for_device(
         method: how it will be evaluated.
         requested: the caller's dtype, or None.
         device: where.
+        shape: [..., m, n] of the matrix or of a batch, in either orientation.
 
     Returns:
-        For "auto" the rational "halley" on a CPU that computes in full float32 or float64, else
-        the quintic "p5"; also "p5" where a method or a number of steps was asked for, as those are
+        For "auto" the rational "halley" on a CPU that computes in full float32 or float64, for
+        matrices with a short side of at least 128, or 384 if they are nearly square. Else the
+        quintic "p5"; also where a method or a number of steps was asked for, as those are
         Newton-Schulz's.
 
     Raises:
@@ -72,7 +82,8 @@ def for_device(
     dtype = torch.float32 if requested is None else _checked(requested)
     full = arithmetic(dtype, device) in ("float32", "float64")
     if coefficients == "auto" and steps is None and method == "auto":
-        return resolve("halley" if full and device.type == "cpu" else "auto")
+        rational = full and device.type == "cpu" and _suits_rational(shape)
+        return resolve("halley" if rational else QUINTIC_DEFAULT)
     schedule = resolve(coefficients, steps)
     if isinstance(schedule, Rational) and method not in ("auto", "svd", "eigh"):
         raise ValueError(
@@ -86,6 +97,12 @@ def for_device(
             "torch.set_float32_matmul_precision, or take 'p5'." + see("bad-option")
         )
     return schedule
+
+
+def _suits_rational(shape: Sequence[int]) -> bool:
+    short, long = sorted(shape[-2:])
+    square = halley.nearly_square(short, long)
+    return short >= (_SMALLEST_SQUARE_RATIONAL if square else _SMALLEST_RATIONAL)
 
 
 def working_dtype(

@@ -122,3 +122,13 @@ def test_any_finite_matrix(values: list[list[float]], method: Method) -> None:
         assert torch.equal(out, x * 0)
     rows_absent = ~(x != 0).any(dim=1)
     assert not bool(out[rows_absent].any())
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_a_small_batch_is_a_loop_and_transposes(m: int, n: int, count: int, seed: int) -> None:
+    x = torch.randn(count, m, n, generator=torch.Generator().manual_seed(seed))
+    out = orthogonalize(x)
+    assert torch.equal(out, torch.stack([orthogonalize(one) for one in x]))
+    if m != n:
+        assert torch.equal(orthogonalize(x.mT), out.mT)

@@ -49,7 +49,7 @@ def test_dtype_and_steps_are_followed(
 @pytest.mark.parametrize(("name", "steps"), [("keller", 1), ("keller", 5), ("halley", 2)])
 def test_a_shared_matrix_costs_what_its_parts_do(m: int, name: str, steps: int) -> None:
     widths = (100, 300)
-    halves = check_parts(name, steps, torch.float64, CPU)
+    halves = check_parts(name, steps, torch.float64, CPU, (m, sum(widths)))
     inverses = steps * m**3 if name == "halley" else 0
     with FlopCounterMode(display=False) as counter:
         parts = [part_gram(torch.randn(m, width), dtype=torch.float64) for width in widths]

@@ -142,7 +142,12 @@ def test_rotations_and_transposes_go_through(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(transposed, out.T, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (24, 72), (48, 192)])
+# Those that are nearly square are the hardest; of those for which "auto" is halley, (384, 384).
+SMALL = [(24, 24), (24, 72), (48, 192)]
+LARGE = [(384, 384), (512, 512), (1024, 1024), (128, 136), (160, 170), (384, 400), (128, 512)]
+
+
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE])
 def test_orthogonal_equivariance(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
     left, right = (orthonormal(n, n, generator).float() for n in shape)
@@ -159,19 +164,24 @@ def test_the_matched_rms_means_what_it_says(kind: str, shape: tuple[int, int]) -
     assert 0.98 <= float(out.square().mean().mul(max(shape)).sqrt()) <= 1.02
 
 
-def test_auto_is_halley_on_a_cpu_and_p5_elsewhere() -> None:
-    def choose(**changes: object) -> str:
+def test_auto_is_halley_for_larger_matrices_on_a_cpu_and_p5_elsewhere() -> None:
+    def choose(*shape: int, **changes: object) -> str:
         arguments = {"method": "auto", "requested": None, "device": CPU, **changes}
-        return policy.for_device("auto", None, **arguments).name  # type: ignore[arg-type]
+        return policy.for_device("auto", None, shape=shape, **arguments).name  # type: ignore[arg-type]
 
-    assert choose() == choose(requested=torch.float64) == "halley"
-    assert choose(device=CUDA) == choose(requested=torch.bfloat16) == choose(method="gram") == "p5"
-    assert policy.for_device("auto", 5, method="auto", requested=None, device=CPU) == preset("p5")
-    x = random(8, 30)
-    assert torch.equal(orthogonalize(x), orthogonalize(x, coefficients="halley"))
+    assert choose(384, 384) == choose(7, 136, 128) == choose(4096, 128) == "halley"
+    assert choose(383, 383) == choose(128, 135) == choose(127, 4096) == choose(8, 8) == "p5"
+    assert choose(512, 512, requested=torch.float64) == "halley"
+    for other in ({"device": CUDA}, {"requested": torch.bfloat16}, {"method": "gram"}):
+        assert choose(512, 512, **other) == "p5"
+    whole = {"requested": None, "device": CPU, "shape": (512, 512)}
+    assert policy.for_device("auto", 5, method="auto", **whole) == preset("p5")  # type: ignore[arg-type]
+    for name, shape in (("halley", (128, 200)), ("p5", (100, 200))):
+        x = random(*shape)
+        assert torch.equal(orthogonalize(x), orthogonalize(x, coefficients=name))
     torch.set_float32_matmul_precision("high")
     try:
-        assert choose() == "p5"
+        assert choose(512, 512) == "p5"
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -26,7 +26,7 @@ def in_parts(x: Tensor, k: int, dtype: torch.dtype, coefficients: str | Schedule
     """What k ranks would do, in one process."""
     long = 1 if x.size(0) <= x.size(1) else 0
     slices = [part.clone() for part in x.tensor_split(k, long)]
-    halves = check_parts(coefficients, None, dtype, CPU)
+    halves = check_parts(coefficients, None, dtype, CPU, x.shape)
     parts = [part_gram(s if long else s.mT, dtype=dtype) for s in slices]
     transform = find_transform([p.gram for p in parts], [p.largest for p in parts], halves)
     done = [apply_transform(part, transform) for part in parts]
@@ -127,12 +127,12 @@ def test_a_transposed_view_and_odd_memory_change_no_bit() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_grams_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"Must be torch.float32 or torch.float64"):
-        check_parts("p5", None, dtype, CPU)
+        check_parts("p5", None, dtype, CPU, (40, 200))
 
 
 def test_a_schedule_too_steep_for_one_float32_gram_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'deepseek_v4' would amplify .* float32 Gram"):
-        check_parts("deepseek_v4", None, FP32, CPU)
+        check_parts("deepseek_v4", None, FP32, CPU, (40, 200))
     x = Known(40, 200, "condition_1e8").matrix.float()
     assert (
         relative_error(in_parts(x, 2, FP64, "deepseek_v4"), exact(x, resolve("deepseek_v4", None)))
@@ -142,7 +142,7 @@ def test_a_schedule_too_steep_for_one_float32_gram_is_refused() -> None:
 
 def test_one_step_needs_no_second_half() -> None:
     x = Known(40, 200, "uniform").matrix.float()
-    halves = check_parts("taylor", 1, FP32, CPU)
+    halves = check_parts("taylor", 1, FP32, CPU, x.shape)
     assert halves.second == ()
     part = part_gram(x, dtype=FP32)
     transform = find_transform([part.gram], [part.largest], halves)
@@ -152,6 +152,7 @@ def test_one_step_needs_no_second_half() -> None:
 
 def test_factors_are_exactly_symmetric() -> None:
     part: PartGram = part_gram(torch.randn(400, 520), dtype=FP32)
-    transform = find_transform([part.gram], [part.largest], check_parts("p5", None, FP32, CPU))
+    halves = check_parts("p5", None, FP32, CPU, (400, 520))
+    transform = find_transform([part.gram], [part.largest], halves)
     assert torch.equal(transform.first, transform.first.mT)
     assert torch.equal(transform.second, transform.second.mT)
