@@ -97,6 +97,9 @@ def run_cases(names: list[str]) -> dict[str, tuple[float, str, float]]:
             trained = parameters_of(engine.module)
             wanted = reference(case, range(3), dist.get_world_size())
             moved = farthest(trained, parameters_of(make_model(case.dtype)))
+            # DeepSpeed's own Muon orthogonalized nothing at stage 0, and nobody noticed.
+            done = engine.basic_optimizer.report()
+            assert 0 < done.newton_schulz_calls == done.newton_schulz_expected, name
             results[name] = farthest(trained, wanted), type(engine.optimizer).__name__, moved
             engine.destroy()
     return results
