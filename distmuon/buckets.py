@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def state_shape(state: str, spec: TensorSpec) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class BucketSpec:
-    """Parameters of one algorithm, dtype and device, in flat order.
+    """Parameters of one algorithm, dtype, device and way of rounding, in flat order.
 
     Attributes:
         algorithm: The update rule.
@@ -59,6 +59,8 @@ class BucketSpec:
         layout: Where the parameters lie.
         ownership: Who orthogonalizes what; None for elementwise rules.
         row_places: Where values per row lie; None for rules without.
+        seed: Of stochastic rounding; None where narrow parameters have an fp32 master, and for
+            parameters that are not narrow.
     """
 
     algorithm: Algorithm
@@ -67,6 +69,7 @@ class BucketSpec:
     layout: Layout
     ownership: Ownership | None
     row_places: RowLayout | None = None
+    seed: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +100,7 @@ class BucketSpec:
         """
         first = self.parameters[0]
         head = f"{self.algorithm} parameters of {first.dtype} on {first.device.type}"
+        head += "" if self.seed is None else f", rounded with seed {self.seed}"
         notes = [f"group {group}" for group in self.groups]
         if self.ownership is not None:
             owners = self.ownership.describe_owners()
@@ -195,19 +199,20 @@ def specify(
         policy: Says how Muon's buffers are laid out; elementwise rules are always flat.
 
     Returns:
-        One spec per (algorithm, dtype, device): AdamW's first, then in order of appearance.
+        One spec per (algorithm, dtype, device, seed): AdamW's first, then in order of appearance.
 
     Raises:
-        ValueError: if a group has a tensor that has no name.
+        ValueError: if a group has a tensor that has no name, or that cannot be rounded as it says.
     """
-    members: dict[tuple[Algorithm, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    members: dict[_Alike, list[tuple[int, Tensor]]] = {}
     for index, group in enumerate(groups):
         for parameter in group["params"]:
-            key = (group["algorithm"], parameter.dtype, parameter.device)
+            seed = rounding_seed(group, parameter, _name(names, parameter, index))
+            key = _Alike(group["algorithm"], parameter.dtype, parameter.device, seed)
             members.setdefault(key, []).append((index, parameter))
     result = []
     # AdamW first: its parameters travel while Newton-Schulz is computing.
-    for (algorithm, dtype, device), entries in sorted(
+    for (algorithm, dtype, device, seed), entries in sorted(
         members.items(), key=lambda m: m[0][0] in MATRIX_ALGORITHMS
     ):
         tensors = [
@@ -237,9 +242,46 @@ def specify(
                 layout,
                 ownership,
                 row_places,
+                seed,
             )
         )
     return result
+
+
+class _Alike(NamedTuple):
+    """What parameters of one bucket have in common."""
+
+    algorithm: Algorithm
+    dtype: torch.dtype
+    device: torch.device
+    seed: int | None
+
+
+def rounding_seed(group: Mapping[str, Any], parameter: Tensor, name: str) -> int | None:
+    """Seed with which a parameter is rounded.
+
+    Args:
+        group: Its `param_groups` entry.
+        parameter: The parameter.
+        name: Its FQN, for the message.
+
+    Returns:
+        The seed; None where it is not rounded at random: its group does not say so, or it is as
+        wide as its state.
+
+    Raises:
+        ValueError: for another narrow dtype than bfloat16.
+    """
+    seed: int | None = group.get("stochastic_rounding")
+    if seed is None or torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype:
+        return None
+    if parameter.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{name} is {parameter.dtype}, and stochastic_rounding={seed} is for torch.bfloat16: "
+            "its steps at small numbers would be lost in the other's. Leave stochastic_rounding "
+            "out of its group, which keeps an fp32 master." + see("bad-option")
+        )
+    return seed
 
 
 def _name(names: Mapping[Tensor, str], parameter: Tensor, index: int) -> str:
@@ -270,7 +312,7 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
     """
     rank = communicator.rank
     state = {name: spec.places(name).shard_numel for name in state_names(spec.algorithm)}
-    shard = Shard(spec.layout, rank, spec.parameters, state)
+    shard = Shard(spec.layout, rank, spec.parameters, state, seed=spec.seed)
     plan = spec.plan(rank, policy.wave_numel, policy.part_numel)
     if plan is None:
         return Bucket(spec, shard, None, None, None)

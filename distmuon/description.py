@@ -26,7 +26,9 @@ def outline(group: Mapping[str, Any]) -> str:
     blocks = read_blocks(group["blocks"])
     reading = "" if group["axes"] == "out_in" else f" read as {group['axes']}"
     reading += "" if blocks is None else f" in blocks {tuple(blocks)}"
-    return f"{len(group['params'])}{reading}"
+    seed = group.get("stochastic_rounding")
+    rounding = "" if seed is None else f" rounded with seed {seed}"
+    return f"{len(group['params'])}{reading}{rounding}"
 
 
 def describe_setup(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.layout import read_spec
-from distmuon.more_options import MORE_DEFAULTS
+from distmuon.more_options import MORE_DEFAULTS, OF_THE_RUN
 from distmuon.options import MATRIX_ALGORITHMS, read_options
 from distmuon.orthogonalize.coefficients import resolve
 from distmuon.row_state import refuse_cut_rows
@@ -179,7 +179,7 @@ def merge_groups(
         )
     merged = []
     for index, (here, there) in enumerate(zip(groups, saved, strict=True)):
-        group = {**here, **there}
+        group = {**here, **there, **{key: here[key] for key in OF_THE_RUN}}
         if group["algorithm"] != here["algorithm"]:
             raise ValueError(
                 f"Group {index} was saved with algorithm={group['algorithm']!r}, here it has "

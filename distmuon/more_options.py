@@ -18,13 +18,22 @@ class MoreOptions(TypedDict, total=False):
             update makes smaller too (Chen et al., arXiv 2510.12402).
         max_update_rms: Largest root mean square of a matrix's scaled update, before lr. What is
             larger is scaled down to it; None for no bound. AdamW's updates have none.
+        stochastic_rounding: Seed with which bfloat16 parameters are rounded at random, in place of
+            an fp32 master copy; None keeps the copy. See `distmuon.rounding`.
     """
 
     decay_rule: DecayRule
     max_update_rms: float | None
+    stochastic_rounding: int | None
 
 
-MORE_DEFAULTS: MoreOptions = {"decay_rule": "decoupled", "max_update_rms": None}
+MORE_DEFAULTS: MoreOptions = {
+    "decay_rule": "decoupled",
+    "max_update_rms": None,
+    "stochastic_rounding": None,
+}
+# What a run says of itself: saved groups do not change it, because it decides what is kept.
+OF_THE_RUN = ("stochastic_rounding",)
 
 
 def complete(more: MoreOptions) -> MoreOptions:
@@ -62,7 +71,7 @@ def read_more(group: Mapping[str, Any], index: int) -> MoreOptions:
         ValueError: for a value out of range, naming key and group.
         TypeError: for a value of a wrong type, naming key and group.
     """
-    decay_rule, bound = (group.get(key, default) for key, default in MORE_DEFAULTS.items())
+    decay_rule, bound, seed = (group.get(key, default) for key, default in MORE_DEFAULTS.items())
     if decay_rule not in get_args(DecayRule):
         raise ValueError(
             f"Invalid {decay_rule=} in group {index}. Must be one of {get_args(DecayRule)}."
@@ -78,4 +87,9 @@ def read_more(group: Mapping[str, Any], index: int) -> MoreOptions:
             f"Invalid max_update_rms={bound} in group {index}. Must be > 0 and finite, or None."
             + see("bad-option")
         )
-    return {"decay_rule": decay_rule, "max_update_rms": bound}
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(
+            f"Invalid stochastic_rounding={seed!r} in group {index}. Must be an int, the seed, or "
+            "None." + see("bad-option")
+        )
+    return {"decay_rule": decay_rule, "max_update_rms": bound, "stochastic_rounding": seed}

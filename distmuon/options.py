@@ -65,6 +65,7 @@ class GroupOptions:
         eps: Denominator offset of AdamW and NorMuon.
         decay_rule: Which elements are decayed; see `distmuon.more_options`.
         max_update_rms: Bound on a matrix's update; see `distmuon.more_options`.
+        stochastic_rounding: A seed, or None; see `distmuon.more_options`.
     """
 
     algorithm: Algorithm
@@ -82,6 +83,7 @@ class GroupOptions:
     eps: float
     decay_rule: DecayRule
     max_update_rms: float | None
+    stochastic_rounding: int | None
 
     def describe(self) -> str:
         """All values in a form that is equal on ranks whose options are; callables by name."""

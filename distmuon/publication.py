@@ -63,7 +63,9 @@ class Publication:
         Returns:
             All messages in flight.
         """
-        if not self._parts:
-            return [self._shard.publish(self._communicator)]
-        rest = [self._shard.publish(self._communicator, *span) for span in self.rest]
+        if self._parts:
+            rest = [self._shard.publish(self._communicator, *span) for span in self.rest]
+        else:
+            rest = [self._shard.publish(self._communicator)]
+        self._shard.finish_step()
         return self._messages + rest

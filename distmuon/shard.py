@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+from typing_extensions import override
 
 from distmuon.collectives import Communicator, Pending
 from distmuon.errors import see
 from distmuon.failure import Topic
+from distmuon.group_check import canonical_name
 from distmuon.layout import Layout
+from distmuon.rounding import Piece, make_key, round_
 
 
 class Run(NamedTuple):
@@ -116,7 +119,8 @@ class Shard(Range):
 
     The parameters become views of the buffer, so that one in-place all-gather publishes them. The
     rank's own range is updated in at least fp32: it is the buffer itself for fp32 parameters and a
-    master copy for narrower ones.
+    master copy for narrower ones. With a seed for stochastic rounding that copy is there only from
+    `begin_step` to `finish_step`.
 
     Attributes:
         parameters: The parameters, in flat order.
@@ -130,6 +134,8 @@ class Shard(Range):
         rank: int,
         parameters: Sequence[Tensor],
         state_numels: Mapping[str, int],
+        *,
+        seed: int | None = None,
     ) -> None:
         """Copy the parameters into one buffer and make them views of it.
 
@@ -138,6 +144,7 @@ class Shard(Range):
             rank: Whose range of the buffer this is.
             parameters: One per `layout.specs` entry, same dtype and device.
             state_numels: Names and lengths of the state tensors to allocate, zeros at first.
+            seed: Of stochastic rounding, for bfloat16 parameters; None to keep a master copy.
         """
         first = parameters[0]
         self.parameters = tuple(parameters)
@@ -153,8 +160,12 @@ class Shard(Range):
         self.mine = self.flat.view(layout.world_size, -1)[rank]
         self.layout = layout
         self._adopt_storage()
+        self._seed = seed
+        wide = torch.promote_types(first.dtype, torch.float32)
+        # What stands for the copy between steps: one zero, to the eye as long as it.
+        self._no_master = self.mine.new_zeros(1, dtype=wide).expand(self.mine.shape)
         # Shares storage when the dtype is already wide enough.
-        master = self.mine.to(torch.promote_types(first.dtype, torch.float32))
+        master = self.mine.to(wide) if seed is None else self._no_master
         state = {name: master.new_zeros(numel) for name, numel in state_numels.items()}
         super().__init__(layout, rank, master, state)
 
@@ -169,9 +180,24 @@ class Shard(Range):
             RuntimeError: if a parameter now has another shape, dtype or device.
         """
         self._adopt_storage()
-        if self.master.dtype != self.flat.dtype:
+        if self._keeps_master:
             written = self.mine != self.master.to(self.flat.dtype)
             self.master.copy_(torch.where(written, self.mine.to(self.master.dtype), self.master))
+
+    @override
+    def begin_step(self, present: Sequence[bool], groups: Sequence[int]) -> list[Run]:
+        if self._seed is not None:
+            self.master = self.mine.to(self.master.dtype)
+        return super().begin_step(present, groups)
+
+    def finish_step(self) -> None:
+        """Let go of what is not kept between steps, once everything has been sent."""
+        if self._seed is not None:
+            self.master = self._no_master
+
+    @property
+    def _keeps_master(self) -> bool:
+        return self._seed is None and self.master.dtype != self.flat.dtype
 
     def _adopt_storage(self) -> None:
         rows = zip(self.layout.specs, self.parameters, self._views, strict=True)
@@ -230,17 +256,34 @@ class Shard(Range):
         Returns:
             The message in flight; the parameters are complete once it has been waited for.
         """
-        if self.master.dtype != self.flat.dtype:
+        if self._keeps_master:
             self.mine[start:stop].copy_(self.master[start:stop])
+        elif self._seed is not None:
+            end = self.layout.shard_numel if stop is None else stop
+            pieces = self._pieces(self._seed, start, end)
+            round_(self.mine[start:end], self.master[start:end], pieces)
         if (start, stop) == (0, None):
             return communicator.publish(self.flat, topic=self._topic)
         shards = self.flat.view(communicator.world_size, -1)[:, start:stop]
         return communicator.publish_part(shards, topic=self._topic)
 
+    def _pieces(self, seed: int, start: int, stop: int) -> list[Piece]:
+        """What lies from `start` to `stop`, for rounding."""
+        pieces = []
+        for segment in self.segments:
+            first = max(start, segment.shard_start)
+            end = min(stop, segment.shard_start + segment.numel)
+            if first < end:
+                name = canonical_name(self.layout.specs[segment.tensor].name)
+                key = make_key(seed, name, self.steps[segment.tensor])
+                place = segment.tensor_start + first - segment.shard_start
+                pieces.append(Piece(first - start, end - start, place, key))
+        return pieces
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, with the fp32 "master" of narrow parameters."""
-        masters = {} if self.master.dtype == self.flat.dtype else {"master": self.master}
+        masters = {"master": self.master} if self._keeps_master else {}
         return {**self.state, **masters}
 
     @property
@@ -262,5 +305,5 @@ class Shard(Range):
             there = tensor.to(here)
             if name != "master":
                 self.state[name] = there
-            elif self.master.dtype != self.flat.dtype:
+            elif self._keeps_master:
                 self.master = there

@@ -92,7 +92,8 @@ class StateKeeper:
         if self._parts() or self._kind == "sharded":
             for group in groups:
                 for parameter in group["params"]:
-                    state[parameter] = dict.fromkeys(wanted_state(group["algorithm"], parameter))
+                    rule, seed = group["algorithm"], group.get("stochastic_rounding")
+                    state[parameter] = dict.fromkeys(wanted_state(rule, parameter, seed))
 
     def consolidate(self, *, to: int) -> None:
         """Gather the state of all buckets on one rank. A collective.
@@ -354,7 +355,7 @@ def _check_entries(spec: BucketSpec, rank: int, saved: Mapping[Tensor, Any]) -> 
     for name, parameter in zip(spec.names, spec.parameters, strict=True):
         entry = saved[parameter] if isinstance(saved[parameter], Mapping) else {}
         found = sorted(map(str, entry))
-        # Without a master the parameter's own value is taken.
+        # Without a master the parameter's own value is taken, without Muon's count it begins anew.
         wanted = [key for key in wanted_state(spec.algorithm, parameter) if key != "master"]
         if any(key not in found for key in wanted):
             raise ValueError(

@@ -86,19 +86,23 @@ def rows(spec: BucketSpec, rank: int, state: str) -> Iterator[Row]:
         yield Row(index, parameter, tensor, ranges, where)
 
 
-def wanted_state(algorithm: Algorithm, parameter: Tensor) -> tuple[str, ...]:
+def wanted_state(
+    algorithm: Algorithm, parameter: Tensor, seed: int | None = None
+) -> tuple[str, ...]:
     """Names of a parameter's state in a dictionary.
 
     Muon's rules do not depend on the number of the step, and torch.optim.Muon saves none: a file
-    that had it could not be exchanged with torch's.
+    that had it could not be exchanged with torch's. Stochastic rounding depends on it.
 
     Args:
         algorithm: Its update rule.
         parameter: The parameter.
+        seed: Of stochastic rounding, or None; without effect on parameters that are not narrow.
     """
-    counts = () if algorithm in MATRIX_ALGORITHMS else ("step",)
     wide = torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype
-    return (*counts, *state_names(algorithm), *(() if wide else ("master",)))
+    rounded = seed is not None and not wide
+    counts = () if algorithm in MATRIX_ALGORITHMS and not rounded else ("step",)
+    return (*counts, *state_names(algorithm), *(() if wide or rounded else ("master",)))
 
 
 def new_part(spec: BucketSpec, rank: int) -> StatePart:
@@ -113,7 +117,7 @@ def new_part(spec: BucketSpec, rank: int) -> StatePart:
     """
     first = spec.parameters[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
-    names = [n for n in wanted_state(spec.algorithm, first) if n != "step"]
+    names = [n for n in wanted_state(spec.algorithm, first, spec.seed) if n != "step"]
     tensors = {
         name: torch.zeros(spec.places(name).shard_numel, dtype=dtype, device=first.device)
         for name in names
@@ -167,7 +171,7 @@ def handles(part: StatePart) -> StateByParameter:
         depends on it.
     """
     result: StateByParameter = {parameter: {} for parameter in part.spec.parameters}
-    for name in wanted_state(part.spec.algorithm, part.spec.parameters[0]):
+    for name in wanted_state(part.spec.algorithm, part.spec.parameters[0], part.spec.seed):
         if name == "step":
             for parameter, step in zip(part.spec.parameters, part.steps, strict=True):
                 result[parameter][name] = torch.tensor(float(step))
@@ -211,7 +215,7 @@ def _by_parameter(part: StatePart, flat: Mapping[str, Tensor]) -> StateByParamet
     spec, result = part.spec, dict[Tensor, dict[str, Any]]()
     for index, (parameter, step) in enumerate(zip(spec.parameters, part.steps, strict=True)):
         whole = {name: _whole(spec.places(name), index, each) for name, each in flat.items()}
-        counted = "step" in wanted_state(spec.algorithm, parameter)
+        counted = "step" in wanted_state(spec.algorithm, parameter, spec.seed)
         result[parameter] = {"step": step, **whole} if counted else whole
     return result
 

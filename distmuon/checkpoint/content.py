@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import Bucket, state_names, state_shape
+from distmuon.buckets import Bucket, state_shape
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import dtype_name
 from distmuon.checkpoint.manifest import ParameterEntry, TensorEntry
 from distmuon.layout import read_spec
 from distmuon.optimizer import Muon
 from distmuon.parameters import walk_modules
+from distmuon.state_part import wanted_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,8 @@ def expected_state(optimizer: Muon) -> dict[str, TensorEntry]:
         for parameter in group["params"]:
             name = optimizer.parameter_names[parameter]
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            masters = () if wide == parameter.dtype else ("master",)
-            for state in (*state_names(group["algorithm"]), *masters):
+            wanted = wanted_state(group["algorithm"], parameter, group.get("stochastic_rounding"))
+            for state in (key for key in wanted if key != "step"):
                 shape = state_shape(state, read_spec(name, parameter.shape, group))
                 entry = TensorEntry(dtype_name(wide, name), shape)
                 expected[f"optimizer/{state}/{name}"] = entry

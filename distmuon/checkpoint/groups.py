@@ -11,6 +11,7 @@ from torch import Tensor
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.manifest import Manifest
 from distmuon.group_check import check_group, refuse_other_structure
+from distmuon.more_options import OF_THE_RUN
 from distmuon.optimizer import Muon
 
 _NO_OPTIONS = ("params", "param_names")
@@ -62,7 +63,8 @@ def match_groups(optimizer: Muon, manifest: Manifest) -> tuple[list[dict[str, An
                 # A file never brings code along: it names a class, which checking would import.
                 options.append({})
                 continue  # its parameters are named as misfits
-            merged = {**group, **_restore(manifest.groups[sources[0]], group)}
+            own = {key: group[key] for key in OF_THE_RUN}
+            merged = {**group, **_restore(manifest.groups[sources[0]], group), **own}
             pairs = list(zip(names, group["params"], strict=True))
             check_group({**merged, "params": pairs}, index)
             options.append({key: merged[key] for key in merged if key not in _NO_OPTIONS})

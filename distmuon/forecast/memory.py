@@ -152,7 +152,7 @@ def _distmuon(specs: Sequence[BucketSpec], fixed: int, world_size: int, policy: 
         gradients=(gradients if policy.reduce != "owned" or world_size == 1 else 0)
         + (received if is_reducing else 0),
         buckets=gradients if world_size > 1 and policy.reduce != "owned" else 0,
-        master=sum(_shard(spec) for spec in specs if _is_narrow(spec)),
+        master=sum(_shard(spec) for spec in specs if _is_narrow(spec) and spec.seed is None),
         momentum=sum(state_bytes(spec) for spec in specs if spec.ownership is not None),
         moments=sum(state_bytes(spec) for spec in specs if spec.ownership is None),
         averages=sum(_shard(spec) for spec in specs),
@@ -194,8 +194,9 @@ def _exchange(spec: BucketSpec, policy: Policy) -> int:
 def _work(spec: BucketSpec) -> int:
     """Temporaries of the update rule on the largest piece that one rank works on."""
     wide = master_itemsize(spec)
+    copy = 0 if spec.seed is None else _shard(spec)  # in place of a master, while it steps
     if spec.ownership is None:
-        return _ADAMW_TEMPORARIES * min(spec.layout.shard_numel, _PIECE_NUMEL) * wide
+        return copy + _ADAMW_TEMPORARIES * min(spec.layout.shard_numel, _PIECE_NUMEL) * wide
     shapes = {tensor.shape for tensor in spec.ownership.layout.specs}
     largest = max(map(_orthogonalizing, shapes))
     # The result of the matrix before is let go of only when the next one is there.
@@ -206,7 +207,7 @@ def _work(spec: BucketSpec) -> int:
         if spec.ownership.layout.span(i) != range(owner, owner + 1)
     }
     gathered = max(map(math.prod, moved), default=0)
-    return (largest + before + gathered) * wide
+    return copy + (largest + before + gathered) * wide
 
 
 def _orthogonalizing(shape: Sequence[int]) -> int:

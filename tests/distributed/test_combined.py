@@ -110,7 +110,15 @@ VARIANTS: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
     (torch.float32, {"layout": "aligned"}),
     (torch.bfloat16, {"diagnostics_every": 1}),
     (torch.bfloat16, {"layout": "aligned"}),
+    (torch.bfloat16, {"stochastic_rounding": 5, "wave_bytes": 1500}),
+    (torch.bfloat16, {"stochastic_rounding": 5, "layout": "aligned"}),
 )
+Kind = tuple[torch.dtype, int | None]
+
+
+def kind(dtype: torch.dtype, options: dict[str, Any]) -> Kind:
+    """What of a variant one process's bits depend on."""
+    return dtype, options.get("stochastic_rounding")
 
 
 def every_variant(folder: Path) -> list[dict[str, Tensor]]:
@@ -136,21 +144,21 @@ def resume(folder: Path) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict[torch.dtype, dict[str, Tensor]]:
+def one_process() -> dict[Kind, dict[str, Tensor]]:
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model, optimizer = build(None, dtype)
-        found[dtype] = train(model, optimizer, range(STEPS))
+    for dtype, seed in sorted({kind(*variant) for variant in VARIANTS}, key=str):
+        model, optimizer = build(None, dtype, stochastic_rounding=seed)
+        found[dtype, seed] = train(model, optimizer, range(STEPS))
         assert optimizer.qk_clip is not None
         assert optimizer.qk_clip.stats()["clipped_heads_total"] > 10
     return found
 
 
 def assert_same_bits(
-    found: list[dict[str, Tensor]], expected: dict[torch.dtype, dict[str, Tensor]]
+    found: list[dict[str, Tensor]], expected: dict[Kind, dict[str, Tensor]]
 ) -> None:
     for (dtype, options), result in zip(VARIANTS, found, strict=True):
-        for name, value in expected[dtype].items():
+        for name, value in expected[kind(dtype, options)].items():
             assert torch.equal(result[name], value), f"{name}, {dtype}, {options}"
 
 
@@ -158,7 +166,7 @@ def assert_same_bits(
 def test_i1_i6_all_together_is_bitwise_one_process_and_so_it_goes_on(
     world_size: int,
     after: int,
-    one_process: dict[torch.dtype, dict[str, Tensor]],
+    one_process: dict[Kind, dict[str, Tensor]],
     tmp_path: Path,
 ) -> None:
     for found in run_ranks(world_size, every_variant, tmp_path):
@@ -219,24 +227,34 @@ def test_heads_of_every_rule_are_scaled_after_the_step() -> None:
     assert torch.equal(clipped["experts"], free["experts"])
 
 
+EARLY: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
+    (torch.float32, {"layout": "flat", "wave_bytes": 1500}),
+    (torch.float32, {"layout": "aligned"}),
+    (torch.bfloat16, {"layout": "flat", "wave_bytes": 1500, "stochastic_rounding": 5}),
+)
+
+
 def published_early() -> list[dict[str, Tensor]]:
     group = dist.group.WORLD if dist.is_initialized() else None
     found = []
-    for options in ({"layout": "flat", "wave_bytes": 1500}, {"layout": "aligned"}):
+    for dtype, options in EARLY:
         # QK-Clip would have everything wait: it scales last.
-        options |= {"publish_bytes": 512, "qk_clip": None}
-        model, optimizer = build(group, torch.float32, **options)
+        options = {**options, "publish_bytes": 512, "qk_clip": None}
+        model, optimizer = build(group, dtype, **options)
         found.append(train(model, optimizer, range(STEPS)))
         assert any(plan.parts for plan in optimizer.plan)
     return found
 
 
 def test_parameters_published_in_parts_have_the_same_bits() -> None:
-    model, optimizer = build(None, torch.float32, qk_clip=None)
-    expected = train(model, optimizer, range(STEPS))
+    expected = []
+    for dtype, options in EARLY:
+        seed = options.get("stochastic_rounding")
+        one = build(None, dtype, qk_clip=None, stochastic_rounding=seed)
+        expected.append(train(*one, range(STEPS)))
     for results in run_ranks(3, published_early):
-        for result in results:
-            assert all(torch.equal(result[name], value) for name, value in expected.items())
+        for result, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(result[name], value) for name, value in wanted.items())
 
 
 def rounded_wire() -> dict[str, Tensor]:
@@ -245,11 +263,11 @@ def rounded_wire() -> dict[str, Tensor]:
 
 
 def test_a_rounded_wire_is_near_for_blocks_rows_and_kernels(
-    one_process: dict[torch.dtype, dict[str, Tensor]],
+    one_process: dict[Kind, dict[str, Tensor]],
 ) -> None:
     before = weights(Model(torch.float32))
     first, *others = run_ranks(3, rounded_wire)
-    for name, value in one_process[torch.float32].items():
+    for name, value in one_process[torch.float32, None].items():
         assert all(torch.equal(first[name], other[name]) for other in others)
         moved = float((value - before[name]).norm())
         assert float((first[name] - value).norm()) < 0.02 * moved, name

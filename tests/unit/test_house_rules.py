@@ -28,6 +28,7 @@ FLOORS = (
         "more_options",
         "qk_clip",
         "recipes",
+        "rounding",
         "row_state",
         "splits",
         "stacks",

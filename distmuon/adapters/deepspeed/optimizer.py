@@ -113,7 +113,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             named = list(group["params"])
             for name, parameter in named:
                 refuse_zero3(name, parameter)
-            refuse_companion(group, index)
+            refuse_companion({**defaults, **group}, index)
             checked, _ = read_group({**group, "params": named}, index, defaults, {})
             # step() sees one group at a time, with a checkpoint's keys: a number says which it is.
             plain.append({**checked, "params": [p for _, p in named], "index": index})

@@ -121,16 +121,22 @@ def refuse_zero3(name: str, parameter: Tensor) -> None:
 
 
 def refuse_companion(group: Mapping[str, Any], index: int) -> None:
-    """Refuse rules whose state DeepSpeed would not keep: NorMuon, and classes in AdamW's place.
+    """Refuse rules whose state DeepSpeed would not keep, and what only our own buffers can do.
 
     Args:
-        group: A parameter group.
+        group: A parameter group, its defaults filled in.
         index: Its position, for the message.
 
     Raises:
         ValueError: if it has such a rule.
     """
     algorithm = group.get("algorithm", "muon")
+    seed = group["stochastic_rounding"]
+    if seed is not None:
+        raise ValueError(
+            f"Group {index} has stochastic_rounding={seed}. DeepSpeed keeps fp32 masters and "
+            "rounds them itself: leave it out, or use distmuon.Muon." + see("bad-option")
+        )
     if algorithm == "normuon":
         raise ValueError(
             f"Group {index} has {algorithm=}, whose second moment has one value per row: DeepSpeed "
