@@ -93,6 +93,8 @@ def test_the_page_tells_the_order_of_a_real_step() -> None:
         assert others <= {
             "Shard.adopt",
             "Range.begin_step",
+            "Shard.begin_step",
+            "Shard.finish_step",
             "Range.first_nonfinite",
             "adjust_lr_factor",
             "check_splits",
