@@ -32,7 +32,7 @@ from benchmarks.gpu_checks import CHECKS, newton_schulz_flops, run_check
 from distmuon import Muon
 from distmuon.kernels import symmetric
 from distmuon.kernels.symmetric import symmetric_backend
-from distmuon.kernels.tiles import TILES, Tile
+from distmuon.kernels.tiles import TILES, Scaled, Tile
 from distmuon.orthogonalize import orthogonalize
 
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -170,7 +170,7 @@ def products(bench: Bench) -> None:
                 for tile in TRIED_TILES:
                     name = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
                     contestants[name] = lambda x, tile=tile: symmetric._with_triton(
-                        x, x.mT, None, 1.0, 0.0, None, tile
+                        x, x.mT, None, Scaled(1.0), Scaled(0.0), None, tile
                     )
             times = race(contestants, inputs, bench.device, 5 if bench.tiny else 15)
             best = min(times, key=lambda name: times[name])

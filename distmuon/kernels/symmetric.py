@@ -18,9 +18,11 @@ from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.kernels import quack
-from distmuon.kernels.tiles import Tile, tile_for
+from distmuon.kernels.tiles import Scaled, Tile, tile_for
 
 Backend: TypeAlias = Literal["auto", "torch", "triton", "quack"]
+# A number, one float32 for each matrix in the device's memory, or their product.
+Factor: TypeAlias = float | Tensor | Scaled
 
 # Rows from which half the work is worth a kernel of our own. From published comparisons, where
 # Triton kernels are slower than cuBLAS up to 512 and faster from 1024; `make gpu` measures it.
@@ -53,6 +55,7 @@ class _Class(NamedTuple):
     dtype: torch.dtype
     tile: Tile
     addend: bool
+    scaled: tuple[bool, bool]
     squares: bool
     rows_past_tile: int
     depth_past_tile: int
@@ -125,13 +128,31 @@ def takes(a: Tensor) -> bool:
     return a.device.type == "cuda" or _backend.get() != "auto"
 
 
+def folds(r: Tensor) -> bool:
+    """Whether factors from the device's memory cost nothing in products of a symmetric matrix.
+
+    In torch's they would take a pass over the result, and in float16 the result without them may
+    be out of range.
+
+    Args:
+        r: [m, m] or [batch, m, m], contiguous.
+
+    Returns:
+        Whether the Triton kernel computes r @ r.
+    """
+    if not takes(r):
+        return False
+    r3 = r if r.dim() == 3 else r[None]
+    return _choose(r3, r3, r3, scaled=(True, True), squares=False) == "triton"
+
+
 def sym_gemm(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
     *,
-    alpha: float | Tensor = 1.0,
-    beta: float | Tensor = 1.0,
+    alpha: Factor = 1.0,
+    beta: Factor = 1.0,
 ) -> Tensor:
     """Compute alpha * a @ b + beta * c where the product and c are symmetric.
 
@@ -142,7 +163,8 @@ def sym_gemm(
         a: [m, k] or [batch, m, k], float16 or bfloat16, any strides.
         b: [k, m] or [batch, k, m]: a's transpose, or a matrix that commutes with a symmetric a.
         c: [m, m] or [batch, m, m], or None for no addend.
-        alpha: A number, or float32 [batch] in the device's memory: nothing waits for it.
+        alpha: A number, or one float32 for each matrix in the device's memory (nothing waits for
+            it), or both.
         beta: Likewise.
 
     Returns:
@@ -151,7 +173,8 @@ def sym_gemm(
     a3, b3, c3 = (x if x is None or x.dim() == 3 else x[None] for x in (a, b, c))
     assert a3 is not None, "given"
     assert b3 is not None, "given"
-    product = _product(a3, b3, c3, alpha, beta, squares=None)
+    factors = _scaled(alpha, a3), _scaled(beta, a3)
+    product = _product(a3, b3, c3, *factors, squares=None)
     return product if a.dim() == 3 else product[0]
 
 
@@ -167,7 +190,7 @@ def sym_gemm_norm(a: Tensor, b: Tensor) -> SquaredNorm:
     """
     a3, b3 = (x if x.dim() == 3 else x[None] for x in (a, b))
     squares: list[Tensor] = []
-    product = _product(a3, b3, None, 1.0, 0.0, squares=squares)
+    product = _product(a3, b3, None, Scaled(1.0), Scaled(0.0), squares=squares)
     if squares:
         # Summed in a fixed order, unlike atomic additions.
         norm = squares[0].sum(-1)[:, None, None].sqrt()
@@ -180,38 +203,41 @@ def _product(
     a: Tensor,
     b: Tensor,
     c: Tensor | None,
-    alpha: float | Tensor,
-    beta: float | Tensor,
+    alpha: Scaled,
+    beta: Scaled,
     *,
     squares: list[Tensor] | None,
 ) -> Tensor:
-    kernel = _choose(a, b, c, squares=squares is not None)
+    scaled = alpha.by is not None, beta.by is not None
+    kernel = _choose(a, b, c, scaled=scaled, squares=squares is not None)
     if kernel == "triton":
         return _with_triton(a, b, c, alpha, beta, squares, tile_for(a.size(1)))
-    if kernel == "quack" and not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
-        return quack.symmetric(a, b, c, alpha=alpha, beta=beta)
+    if kernel == "quack" and not any(scaled):
+        return quack.symmetric(a, b, c, alpha=alpha.number, beta=beta.number)
     return _with_torch(a, b, c, alpha, beta)
 
 
-def _with_torch(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float | Tensor, beta: float | Tensor
-) -> Tensor:
-    if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-        factors = [x.view(-1, 1, 1) if isinstance(x, Tensor) else x for x in (alpha, beta)]
-        product = torch.bmm(a, b).mul_(factors[0])
-        return product if c is None else product.add_(c * factors[1])
+def _with_torch(a: Tensor, b: Tensor, c: Tensor | None, alpha: Scaled, beta: Scaled) -> Tensor:
+    if alpha.by is not None or beta.by is not None:
+        factors = [x.number if x.by is None else x.number * x.by for x in (alpha, beta)]
+        product = torch.bmm(a, b).mul_(_for_each(factors[0]))
+        return product if c is None else product.add_(c * _for_each(factors[1]))
     if c is not None:
-        return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+        return torch.baddbmm(c, a, b, beta=beta.number, alpha=alpha.number)
     product = torch.bmm(a, b)
-    return product if alpha == 1.0 else product.mul_(alpha)
+    return product if alpha.number == 1.0 else product.mul_(alpha.number)
+
+
+def _for_each(factor: float | Tensor) -> float | Tensor:
+    return factor.view(-1, 1, 1) if isinstance(factor, Tensor) else factor
 
 
 def _with_triton(
     a: Tensor,
     b: Tensor,
     c: Tensor | None,
-    alpha: float | Tensor,
-    beta: float | Tensor,
+    alpha: Scaled,
+    beta: Scaled,
     squares: list[Tensor] | None,
     tile: Tile,
 ) -> Tensor:
@@ -223,34 +249,64 @@ def _with_triton(
     if squares is not None:
         square = a.new_empty(batch, tile.count(m), dtype=torch.float32)
         squares.append(square)
-    factors = [_in_memory(x, batch, a.device) for x in (alpha, beta)]
-    launch(a, b, c, out, alpha=factors[0], beta=factors[1], square=square, tile=tile)
+    launch(a, b, c, out, alpha=alpha, beta=beta, square=square, tile=tile)
     return out
 
 
-def _in_memory(factor: float | Tensor, batch: int, device: torch.device) -> Tensor:
+def _scaled(factor: Factor, a: Tensor) -> Scaled:
+    """A factor with its part in memory [batch], contiguous, for a left operand [batch, m, k]."""
     if isinstance(factor, Tensor):
-        return factor.reshape(-1).to(torch.float32).expand(batch).contiguous()
-    # A fill is a kernel's argument; torch.tensor() would copy from the host and wait.
-    return torch.full((batch,), factor, dtype=torch.float32, device=device)
+        factor = Scaled(1.0, factor)
+    if not isinstance(factor, Scaled):
+        return Scaled(factor)
+    if factor.by is None:
+        return factor
+    by = factor.by.reshape(-1).to(torch.float32).expand(a.size(0)).contiguous()
+    return Scaled(factor.number, by)
 
 
-def _choose(a: Tensor, b: Tensor, c: Tensor | None, *, squares: bool) -> Backend:
+def computed_entries(m: int, k: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """How many entries of a symmetric m x m product are computed, the others being copies.
+
+    Args:
+        m: Rows.
+        k: Terms of each sum.
+        dtype: Of the operands, which are contiguous.
+        device: Where they are.
+
+    Returns:
+        Those of the kernel's tiles; None where no kernel is to be used, and all are computed.
+    """
+    if _wanted(m, k, dtype, device) == "torch":
+        return None
+    tile = tile_for(m)
+    return tile.count(m) * tile.rows * tile.cols
+
+
+def _wanted(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Backend:
+    """What is to compute a product of this size, if it has been seen to compute right."""
     wanted = _backend.get()
-    m, k = a.shape[1:]
-    if wanted == "torch" or a.dtype not in _DTYPES:
+    if wanted == "torch" or dtype not in _DTYPES:
         return "torch"
-    if wanted == "auto" and (m < SMALLEST or not triton_is_usable(a.device)):
+    if wanted != "auto":
+        return wanted
+    # With other sizes the kernel could not copy 16 bytes at a time.
+    fits = m >= SMALLEST and m % 16 == 0 and k % 16 == 0
+    return "triton" if fits and triton_is_usable(device) else "torch"
+
+
+def _choose(
+    a: Tensor, b: Tensor, c: Tensor | None, *, scaled: tuple[bool, bool], squares: bool
+) -> Backend:
+    m, k = a.shape[1:]
+    kernel = _wanted(m, k, a.dtype, a.device)
+    if kernel == "torch":
         return "torch"
     operands = [a, b] if c is None else [a, b, c]
-    # Otherwise the kernel could not copy 16 bytes at a time.
-    if wanted == "auto" and any(
-        x % 16 for x in (m, k, *(s for o in operands for s in o.stride() if s != 1))
-    ):
+    if _backend.get() == "auto" and any(s % 16 for o in operands for s in o.stride() if s != 1):
         return "torch"
     if any(m * x.stride(1) + k * x.stride(2) >= _LARGEST_OFFSET for x in operands):
         return "torch"
-    kernel: Backend = "quack" if wanted == "quack" else "triton"
     tile = tile_for(m)
     key = _Class(
         kernel,
@@ -258,6 +314,7 @@ def _choose(a: Tensor, b: Tensor, c: Tensor | None, *, squares: bool) -> Backend
         a.dtype,
         tile,
         c is not None,
+        scaled,
         squares,
         m % tile.rows,
         k % tile.depth,
@@ -310,16 +367,23 @@ def self_check(key: _Class) -> float:
     b = x.mT.contiguous() if key.b_by_rows else x.mT
     c = torch.randn(2, m, m, generator=generator, device=key.device) if key.addend else None
     c = None if c is None else (c + c.mT).to(key.dtype)
-    alpha = torch.tensor([0.5, -2.0], device=key.device)
+    by = torch.tensor([0.5, -2.0], device=key.device)
+    alpha, beta = (
+        Scaled(number, by if has else None)
+        for number, has in zip((1.5, -0.75), key.scaled, strict=True)
+    )
     squares: list[Tensor] | None = [] if key.squares else None
     if key.backend == "quack":
-        out = quack.symmetric(a, b, c, alpha=1.0, beta=1.0)
-        alpha = torch.ones_like(alpha)
+        out = quack.symmetric(a, b, c, alpha=alpha.number, beta=beta.number)
     else:
-        out = _with_triton(a, b, c, alpha, 1.0, squares, tile)
-    exact = torch.bmm(x.double(), x.double().mT) * alpha.double()[:, None, None]
+        out = _with_triton(a, b, c, alpha, beta, squares, tile)
+    factors = [
+        x.number * (torch.ones_like(by) if x.by is None else x.by).double()[:, None, None]
+        for x in (alpha, beta)
+    ]
+    exact = torch.bmm(x.double(), x.double().mT) * factors[0]
     if c is not None:
-        exact += c.double()
+        exact += c.double() * factors[1]
     if key.backend == "triton" and not torch.equal(out, out.mT):
         return torch.inf
     errors = [(out.double() - exact).norm() / exact.norm()]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distmuon.kernels.tiles import Tile
+from distmuon.kernels.tiles import Scaled, Tile
 
 
 @triton.jit
@@ -60,6 +60,8 @@ def _symmetric_kernel(
     alpha_ptr,
     beta_ptr,
     square_ptr,
+    alpha,
+    beta,
     m,
     k,
     a_batch,
@@ -74,6 +76,8 @@ def _symmetric_kernel(
     out_batch,
     out_row,
     HAS_C: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
     HAS_SQUARE: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_K: tl.constexpr,
@@ -108,12 +112,16 @@ def _symmetric_kernel(
         a_tile += DEPTH * a_col
         b_tile += DEPTH * b_row
 
-    value = acc * tl.load(alpha_ptr + batch)
+    if HAS_ALPHA:
+        alpha *= tl.load(alpha_ptr + batch)
+    value = acc * alpha
     if HAS_C:
         c_tile = c_ptr + batch * c_batch + rows[:, None] * c_row + cols[None, :] * c_col
         edge = (rows < m)[:, None] & (cols < m)[None, :]
         c = tl.load(c_tile, mask=edge, other=0.0) if MASK_M else tl.load(c_tile)
-        value += c.to(tl.float32) * tl.load(beta_ptr + batch)
+        if HAS_BETA:
+            beta *= tl.load(beta_ptr + batch)
+        value += c.to(tl.float32) * beta
     base = out_ptr + batch * out_batch
     total = _store(value, base, rows, cols, m, out_row, (col + 1) * COLS <= row * ROWS, MASK_M)
     if HAS_SQUARE:
@@ -126,8 +134,8 @@ def launch(
     c: Tensor | None,
     out: Tensor,
     *,
-    alpha: Tensor,
-    beta: Tensor,
+    alpha: Scaled,
+    beta: Scaled,
     square: Tensor | None,
     tile: Tile,
 ) -> None:
@@ -138,22 +146,25 @@ def launch(
         b: [batch, k, m], likewise; a @ b is symmetric.
         c: [batch, m, m], symmetric, or None. Only its lower triangle is read.
         out: [batch, m, m], rows contiguous; every element is written.
-        alpha: [batch] float32, on the device.
-        beta: [batch] float32, on the device; not read without `c`.
+        alpha: Factor on the product; its `by` is [batch] float32, contiguous, on the device.
+        beta: Likewise on `c`; without one it is not read.
         square: [batch, tile.count(m)] float32 or None; receives the sum of the squares of what each
             tile, mirrored, writes, before it is rounded.
         tile: Shape of the tiles.
     """
     batch, m, k = a.shape
-    addend, squares = (out if c is None else c), (alpha if square is None else square)
+    addend, squares = (out if c is None else c), (out if square is None else square)
+    alphas, betas = (out if factor.by is None else factor.by for factor in (alpha, beta))
     _symmetric_kernel[tile.count(m), batch](
         a,
         b,
         addend,
         out,
-        alpha,
-        beta,
+        alphas,
+        betas,
         squares,
+        float(alpha.number),  # an int would be compiled for its value
+        float(beta.number),
         m,
         k,
         *a.stride(),
@@ -161,6 +172,8 @@ def launch(
         *addend.stride(),
         *out.stride()[:2],
         HAS_C=c is not None,
+        HAS_ALPHA=alpha.by is not None,
+        HAS_BETA=beta.by is not None,
         HAS_SQUARE=square is not None,
         MASK_M=m % tile.rows != 0,
         MASK_K=k % tile.depth != 0,

@@ -1,8 +1,11 @@
-"""Shapes of the tiles that the symmetric product is computed in."""
+"""Shapes of the tiles that the symmetric product is computed in, and its factors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,18 @@ class Tile:
         """Tiles that touch the lower triangle of an m x m matrix; some may lie beyond its edge."""
         down = -(-m // self.rows)
         return down * (down + 1) // 2 * (self.rows // self.cols)
+
+
+class Scaled(NamedTuple):
+    """A factor that the host knows times one that only the device knows: nothing waits for it.
+
+    Attributes:
+        number: The host's.
+        by: float32, one for each matrix, in the device's memory; None for 1.
+    """
+
+    number: float
+    by: Tensor | None = None
 
 
 # By the least m that takes it. Wide tiles read less from the cache per operation, small ones waste

@@ -1,7 +1,8 @@
 """How many operations the matrix products of an orthogonalization take, in the form it really has.
 
-A multiplication and an addition count as two. Symmetric products that are cut into panels count
-what their panels do, which is a little over half. What is elementwise is not counted.
+A multiplication and an addition count as two. Symmetric products that are cut into panels, or
+computed by a GPU kernel in tiles, count what those do, which is a little over half. What is
+elementwise is not counted.
 
 LAPACK's inverse of a symmetric m x m matrix counts m³, which torch's counter leaves out. A new form
 needs a branch here and a case in the test, which compares these counts with that counter.
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
+from distmuon.kernels import symmetric
 from distmuon.orthogonalize import policy, products, stability
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.orthogonalize.policy import Form
@@ -58,20 +61,31 @@ def count_flops(
     work = policy.working_dtype(like, "auto", dtype, schedule)
     precision = policy.arithmetic(work, device)
     form = policy.choose_form(like, schedule, precision)
-    return _form_flops((m, n), schedule, form, precision, device.type)
+    square, long = (_symmetric(m, k, device.type) for k in (m, n))
+    by_kernel = [symmetric.computed_entries(m, k, work, device) for k in (m, n)]
+    if by_kernel[0] is not None:
+        square = 2 * by_kernel[0] * m
+    if by_kernel[1] is not None:
+        long = 2 * by_kernel[1] * n
+    counts = _products(schedule, form, precision)
+    return counts.long * long + counts.square * square + counts.rectangular * 2 * m * m * n
+
+
+class _Products(NamedTuple):
+    """How many there are of X Xᵀ, of m x m ones, and of those that give an X."""
+
+    long: int
+    square: int
+    rectangular: int
 
 
 @cache
-def _form_flops(
-    shape: tuple[int, int], schedule: Schedule, form: Form, precision: Arithmetic, device_type: str
-) -> int:
-    m, n = shape
-    square, long = (_symmetric(m, k, device_type) for k in (m, n))
+def _products(schedule: Schedule, form: Form, precision: Arithmetic) -> _Products:
     if form == "gram":
         windows = stability.windows(schedule, precision)
-        return sum(long + _transform(len(w)) * square + 2 * m * m * n for w in windows)
+        return _Products(len(windows), sum(_transform(len(w)) for w in windows), len(windows))
     # R = X Xᵀ, its square, and the factor times X, in every step.
-    return schedule.steps * (long + square + 2 * m * m * n)
+    return _Products(schedule.steps, schedule.steps, schedule.steps)
 
 
 def count_part_flops(short: int, width: int, halves: Halves | None, device: torch.device) -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distmuon.kernels.symmetric import folds
+from distmuon.kernels.tiles import Scaled
 from distmuon.orthogonalize.guards import nonzero
 from distmuon.orthogonalize.products import (
     gram,
@@ -54,6 +56,18 @@ def _gram_and_scale(x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     return r, inverse_norm(r, schedule)
 
 
+class _Scale(NamedTuple):
+    """What X and R = X Xᵀ are to be multiplied by, where a kernel does it in passing.
+
+    Attributes:
+        x: [..., 1, 1], float32.
+        r: Its square.
+    """
+
+    x: Tensor
+    r: Tensor
+
+
 class _Factor(NamedTuple):
     """The matrix `shift * I + matrix`, symmetric."""
 
@@ -66,17 +80,22 @@ class _Factor(NamedTuple):
             return product(self.matrix, x)
         return product_add(x, self.matrix, x, beta=self.shift)
 
-    def times_symmetric(self, r: Tensor) -> Tensor:
-        """The factor times a polynomial of the same matrix, [..., m, m]."""
+    def times_symmetric(self, r: Tensor, *, by: Tensor | None = None) -> Tensor:
+        """The factor times a polynomial of the same matrix, [..., m, m], times a scale."""
         if self.shift == 0.0:
-            return symmetric_product(r, self.matrix)
-        return symmetric_product_add(r, r, self.matrix, beta=self.shift)
+            return symmetric_product(r, self.matrix, by=by)
+        alpha, beta = (1.0, self.shift) if by is None else (Scaled(1.0, by), Scaled(self.shift, by))
+        return symmetric_product_add(r, r, self.matrix, alpha=alpha, beta=beta)
 
 
-def _factor(r: Tensor, triple: Triple) -> _Factor:
-    """The matrix a I + b R + c R² that one step multiplies by."""
+def _factor(r: Tensor, triple: Triple, scale: _Scale | None = None) -> _Factor:
+    """The matrix a I + b R + c R² that one step multiplies by, of R times its scale."""
     a, b, c = triple
-    z = symmetric_product_add(r, r, r, beta=b, alpha=c)
+    if scale is None:
+        z = symmetric_product_add(r, r, r, beta=b, alpha=c)
+    else:
+        alpha, beta = Scaled(c, scale.r * scale.r), Scaled(b, scale.r)
+        z = symmetric_product_add(r, r, r, beta=beta, alpha=alpha)
     if r.dtype not in _FOLDING:
         return _Factor(z, a)
     z.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -94,12 +113,21 @@ def plain(x: Tensor, schedule: Schedule) -> Tensor:
         schedule: coefficients and normalization.
 
     Returns:
-        [..., m, n].
+        [..., m, n]; in float32 where the Triton kernel took part.
 
     Source: https://kellerjordan.github.io/posts/muon/
     """
     r, scale = _gram_and_scale(x, schedule)
-    r.mul_((scale * scale).to(r.dtype))
+    square = scale * scale
+    if folds(r):
+        # X keeps its own scale to the end, where it is undone with the change of dtype.
+        scales: _Scale | None = _Scale(scale, square)
+        for step, triple in enumerate(schedule.coefficients):
+            if step:
+                r, scales = symmetric_product(x, x.mT, by=square), None
+            x = _factor(r, triple, scales).times(x)
+        return x * scale
+    r.mul_(square.to(r.dtype))
     x.mul_(scale.to(x.dtype))
     for step, triple in enumerate(schedule.coefficients):
         if step:
@@ -125,8 +153,11 @@ def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) 
     for triples in windows:
         if scale is None:
             r, scale = _gram_and_scale(x, schedule)
-            r.mul_((scale * scale).to(r.dtype))
-            q = gram_transform(r, triples).mul_(scale.to(r.dtype))
+            if folds(r) and len(triples) > 1:
+                q = _transform(r, triples, _Scale(scale, scale * scale))
+            else:
+                r.mul_((scale * scale).to(r.dtype))
+                q = gram_transform(r, triples).mul_(scale.to(r.dtype))
         else:
             q = gram_transform(symmetric_product(x, x.mT), triples)
         x = _Factor(q, 0.0).times(x)
@@ -145,16 +176,22 @@ def gram_transform(r: Tensor, triples: Sequence[Triple]) -> Tensor:
     """
     if not triples:
         return torch.eye(r.size(-1), dtype=r.dtype, device=r.device).expand_as(r)
-    first = _factor(r, triples[0])
+    return _transform(r, triples, None)
+
+
+def _transform(r: Tensor, triples: Sequence[Triple], scale: _Scale | None) -> Tensor:
+    """`gram_transform`; with a scale of at least two steps, on R and X that are not normalized."""
+    first = _factor(r, triples[0], scale)
     factor = first
     q = first.matrix
     if first.shift:
         q = first.matrix.clone()
         q.diagonal(dim1=-2, dim2=-1).add_(first.shift)
-    for triple in triples[1:]:
-        r = factor.times_symmetric(factor.times_symmetric(r))
-        factor = _factor(r, triple)
-        q = factor.times_symmetric(q)
+    by_r, by_x = (None, None) if scale is None else (scale.r, scale.x)
+    for step, triple in enumerate(triples[1:], 2):
+        r = factor.times_symmetric(factor.times_symmetric(r, by=by_r))
+        factor, by_r = _factor(r, triple), None
+        q = factor.times_symmetric(q, by=by_x if step == len(triples) else None)
     return q
 
 

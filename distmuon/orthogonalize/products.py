@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from distmuon.kernels import symmetric
+from distmuon.kernels.symmetric import Factor
+from distmuon.kernels.tiles import Scaled
 
 # Rows of one panel, and the smallest matrix cut into panels: measured, docs/numerics.md.
 PANEL = 128
@@ -24,19 +26,21 @@ def product_add(y: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 
     return torch.baddbmm(y, a, b, beta=beta, alpha=alpha)
 
 
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+def symmetric_product(a: Tensor, b: Tensor, *, by: Tensor | None = None) -> Tensor:
     """Product a @ b that is known to be symmetric: b is a's transpose, or both commute.
 
     Args:
         a: [m, k] or [batch, m, k].
         b: [k, m] or [batch, k, m].
+        by: factor for each matrix in the device's memory; only where `symmetric.folds`.
 
     Returns:
         A new [m, m] or [batch, m, m], exactly symmetric where it was cut into panels or a kernel
         computed it, otherwise up to rounding.
     """
     if symmetric.takes(a):
-        return symmetric.sym_gemm(a, b)
+        return symmetric.sym_gemm(a, b, alpha=Scaled(1.0, by))
+    assert by is None, "nothing else takes it"
     if not _cut(a):
         return product(a, b)
     out = a.new_empty(a.size(0), a.size(0))
@@ -62,7 +66,7 @@ def gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def symmetric_product_add(
-    y: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0
+    y: Tensor, a: Tensor, b: Tensor, *, beta: Factor, alpha: Factor = 1.0
 ) -> Tensor:
     """Compute beta * y + alpha * a @ b where y and the product are symmetric.
 
@@ -70,14 +74,16 @@ def symmetric_product_add(
         y: [m, m] or [batch, m, m].
         a: as in `symmetric_product`.
         b: likewise.
-        beta: factor on y.
-        alpha: factor on the product.
+        beta: factor on y; in the device's memory only where `symmetric.folds`.
+        alpha: factor on the product; likewise.
 
     Returns:
         A new tensor, symmetric like that of `symmetric_product`.
     """
     if symmetric.takes(a):
         return symmetric.sym_gemm(a, b, y, alpha=alpha, beta=beta)
+    assert isinstance(alpha, (int, float)), "nothing else takes them"
+    assert isinstance(beta, (int, float)), "nothing else takes them"
     if not _cut(a):
         return product_add(y, a, b, beta=beta, alpha=alpha)
     out = torch.empty_like(y)

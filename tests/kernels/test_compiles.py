@@ -49,7 +49,8 @@ def compile_symmetric(tile: Tile, capability: int, dtype: str, **switches: bool)
     from distmuon.kernels.symmetric_triton import _symmetric_kernel
 
     constants: dict[str, object] = {
-        "HAS_C": True, "HAS_SQUARE": True, "MASK_M": False, "MASK_K": False, "WIDEN": False,
+        "HAS_C": True, "HAS_ALPHA": True, "HAS_BETA": True, "HAS_SQUARE": True,
+        "MASK_M": False, "MASK_K": False, "WIDEN": False,
         "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth,
         "a_col": 1, "b_row": 1, "c_col": 1, **switches,
     }  # fmt: skip

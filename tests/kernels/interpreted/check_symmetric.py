@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distmuon.kernels import symmetric, symmetric_triton
 from distmuon.kernels.symmetric import sym_gemm, sym_gemm_norm, symmetric_backend
-from distmuon.kernels.tiles import TILES, Tile, tile_for
-from distmuon.orthogonalize import orthogonalize
+from distmuon.kernels.tiles import TILES, Scaled, Tile, tile_for
+from distmuon.orthogonalize import newton_schulz, orthogonalize, stability
 from distmuon.orthogonalize.coefficients import preset
 from tests.unit.orthogonalize.spectra import Known, largest_singular_value, relative_error
 
@@ -35,7 +37,8 @@ def launch_poisoned(
     memory = torch.full((batch * m * m + 64,), torch.nan, dtype=a.dtype)
     out = memory[32:-32].view(batch, m, m)
     square = torch.full((batch, tile.count(m)), torch.nan)
-    factors = [torch.tensor(x) for x in (alpha, beta)]
+    # Half of each factor comes as a number, half from memory.
+    factors = [Scaled(0.5, 2 * torch.tensor(x)) for x in (alpha, beta)]
     symmetric_triton.launch(
         a, b, c, out, alpha=factors[0], beta=factors[1], square=square, tile=tile
     )
@@ -129,6 +132,9 @@ def test_factors_come_from_memory_or_from_numbers_alike() -> None:
     numbers = sym_gemm(x, x.mT, c, alpha=0.3, beta=-0.7)
     tensors = sym_gemm(x, x.mT, c, alpha=torch.tensor([0.3, 0.3]), beta=torch.tensor([-0.7, -0.7]))
     assert torch.equal(numbers, tensors)
+    apart = sym_gemm(x, x.mT, c, alpha=0.3, beta=Scaled(-1.4, torch.full((2, 1, 1), 0.5)))
+    assert torch.equal(numbers, apart)
+    assert torch.equal(sym_gemm(x, x.mT, alpha=0.3), sym_gemm(x, x.mT, alpha=torch.tensor([0.3])))
 
 
 def test_every_tile_of_the_table_computes_right() -> None:
@@ -193,6 +199,54 @@ def test_orthogonalization_stays_within_its_bounds(dtype: torch.dtype, kind: str
     error = relative_error(update, known.image(preset("p5")))
     assert error < BOUNDS.get((dtype, kind), torch.inf)
     assert all(symmetric._trusted.values())
+
+
+# Products, memory for them, views of them; and copies, which the interpreter makes of arguments.
+IGNORED = ("bmm", "new_empty", "_unsafe_view", "set_", "copy_")
+
+
+class _Passes(TorchDispatchMode):
+    """Names torch's operations on large tensors, views and what the interpreter does left out."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        large = isinstance(result, Tensor) and result.numel() >= self.least
+        if large and not func.is_view and name not in IGNORED:
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("preset_name", ["p5", "keller"])  # Schatten-4 and Frobenius norm
+@pytest.mark.parametrize("dtype", HALF)
+def test_normalizing_takes_no_pass_of_its_own(dtype: torch.dtype, preset_name: str) -> None:
+    schedule, known = preset(preset_name), Known(20, 44, "condition_1e2")
+    x = known.matrix.float()
+    x = torch.stack([x / x.norm() * size for size in (40.0, 64.0)]).to(dtype)
+    for _ in range(2):  # the kernels' checks come first
+        with _Passes(20 * 20) as passes:
+            if dtype == torch.float16:
+                cut = stability.windows(schedule, "float16")
+                update = newton_schulz.on_gram(x, schedule, cut)
+            else:
+                update = newton_schulz.plain(x, schedule)
+    if dtype == torch.float16:
+        # Each window's Q is the first step's matrix with another diagonal.
+        assert passes.names == ["clone"] * len(cut)
+    else:
+        # The last one undoes X's own scale, in the pass that changes the dtype.
+        assert passes.names == ["baddbmm"] * schedule.steps + ["mul"]
+        assert update.dtype == torch.float32
+    for each in update:
+        error = relative_error(each.double(), known.image(schedule))
+        assert error < BOUNDS[dtype, "condition_1e2"]
 
 
 def test_a_batch_with_a_zero_a_tall_and_a_nan_matrix() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmuon import orthogonalize
+from distmuon.kernels import symmetric
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.orthogonalize.flops import count_flops, count_part_flops
 from distmuon.orthogonalize.parts import apply_transform, check_parts, find_transform, part_gram
@@ -68,3 +69,35 @@ def test_the_gram_form_counts_for_less_where_it_is_taken() -> None:
     assert count_flops((512, 2048), coefficients="p5", device=CPU) == count_flops(
         (2048, 512), coefficients="p5", device=CPU
     )
+
+
+def test_where_a_kernel_computes_tiles_these_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(backend: symmetric.Backend, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        with symmetric.symmetric_backend(backend):
+            return count_flops(shape, coefficients="p5", dtype=dtype, device=CPU)
+
+    monkeypatch.setattr(symmetric, "triton_is_installed", lambda: True)
+    m, n = 1024, 4096
+    # 8 x 8 tiles of 128 x 128, of which 36 on and below the diagonal; windows of 2 and 3 steps.
+    computed = 36 * 128 * 128
+    assert count("triton", (m, n), torch.float16) == (
+        2 * 2 * computed * n + (5 + 9) * 2 * computed * m + 2 * 2 * m * m * n
+    )
+    assert count("triton", (m, m), torch.bfloat16) == 5 * (4 * computed * m + 2 * m**3)
+    assert count("triton", (m, n), torch.float32) == count("torch", (m, n), torch.float32)
+
+
+def test_on_a_gpu_the_kernel_takes_what_is_large_and_aligned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(symmetric, "triton_is_usable", lambda device: device.type == "cuda")
+    gpu, half = torch.device("cuda"), torch.float16
+    assert symmetric.computed_entries(1024, 4096, half, gpu) == 36 * 128 * 128
+    for m, k, dtype, device in (
+        (512, 4096, half, gpu),
+        (1000, 4096, half, gpu),
+        (1024, 1023, half, gpu),
+        (1024, 4096, torch.float32, gpu),
+        (1024, 4096, half, CPU),
+    ):
+        assert symmetric.computed_entries(m, k, dtype, device) is None
