@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,17 +30,18 @@ class TensorSpec:
         shape: Its shape; the last two dimensions of a Muon parameter are its matrices [m, n].
         axes: What they stand for; "conv" for a kernel, whose last dimensions are one together.
         blocks: Where each of its matrices is cut, every size spelled out.
+        numel: Number of elements.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: Axes = "out_in"
     blocks: Blocks | None = None
+    numel: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        """Count the elements once: a plan for 70,000 matrices asks millions of times."""
+        object.__setattr__(self, "numel", math.prod(self.shape))
 
     @property
     def count(self) -> int:

@@ -257,7 +257,7 @@ def _aligned(specs: Sequence[TensorSpec], world_size: int, model: CostModel) -> 
 def _in_place(parameters: Layout, order: Sequence[int]) -> Ownership:
     """Every matrix at its holder, where no matrix is cut."""
     units, members = units_of(parameters)
-    owners = tuple(units.span(index)[0] for index in range(len(units.specs)))
+    owners = tuple(offset // units.shard_numel for offset in units.offsets)
     return Ownership(units, owners, tuple(order), parameters, members)
 
 

@@ -204,10 +204,10 @@ def _decide(
     ]
     for pattern, algorithm in (overrides or {}).items():
         _override_(routes, entries, pattern, algorithm)
-    for index, (entry, found) in enumerate(zip(entries, routes, strict=True)):
-        if found.algorithm == "muon":
-            stored, cuts = find_structure(entry)
-            routes[index] = replace(found, axes=stored, blocks=cuts)
+    routes = [
+        _with_structure(found, entry) if found.algorithm == "muon" else found
+        for entry, found in zip(entries, routes, strict=True)
+    ]
     for pattern, stored in (axes or {}).items():
         for index in _matrices(routes, entries, f"axes {pattern!r}", pattern):
             routes[index] = _check_fit(replace(routes[index], axes=stored), f"axes {pattern!r}")
@@ -215,6 +215,12 @@ def _decide(
         for index in _matrices(routes, entries, f"blocks {pattern!r}", pattern):
             routes[index] = _cut(routes[index], read_blocks(sizes), f"blocks {pattern!r}")
     return tuple(routes)
+
+
+def _with_structure(found: Route, entry: Entry) -> Route:
+    stored, cuts = find_structure(entry)
+    plain = stored == "out_in" and cuts is None
+    return found if plain else replace(found, axes=stored, blocks=cuts)
 
 
 def _matrices(

@@ -61,14 +61,8 @@ def find_parameters(model: nn.Module) -> list[Entry]:
     parameters: dict[int, nn.Parameter] = {}
     uses: dict[int, list[Use]] = defaultdict(list)
     named: dict[str, int] = {}
-    # One walk over all: to ask each of 90,000 modules for its own takes seconds.
-    leaves: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        place, _, leaf = name.rpartition(".")
-        leaves[place].append((leaf, parameter))
-    places = (place for place, _ in model.named_modules(remove_duplicate=False))
-    for place, (path, _, owner) in zip(places, walk_modules(model), strict=True):
-        for leaf, parameter in leaves.get(place, ()):
+    for path, module, owner in walk_modules(model):
+        for leaf, parameter in own_parameters(module):
             fqn = f"{path}.{leaf}" if path else leaf
             _check(fqn, parameter)
             if named.setdefault(fqn, id(parameter)) != id(parameter):
@@ -86,22 +80,32 @@ def find_parameters(model: nn.Module) -> list[Entry]:
     return [Entry(parameters[key], tuple(places)) for key, places in uses.items()]
 
 
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of those registered in a module itself, one of several names each.
+
+    What `named_parameters(recurse=False)` yields: to ask 90,000 modules in that way takes seconds.
+    """
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None:
+            yield leaf, parameter
+
+
 def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Yield each module's canonical path, itself, and the module its parameters belong to."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    canonical: dict[str, str] = {}
     for path, module in modules.items():
-        parts = path.split(".") if path else []
-        kept = [
-            part
-            for depth, part in enumerate(parts)
-            if part not in _TRANSPARENT
-            and not (part == "module" and _is_wrapper(modules[".".join(parts[:depth])]))
-        ]
+        above, _, part = path.rpartition(".")
+        prefix = canonical.get(above, "")
+        left_out = part in _TRANSPARENT or (part == "module" and _is_wrapper(modules[above]))
+        if not left_out:
+            prefix = f"{prefix}.{part}" if prefix else part
+        canonical[path] = prefix
         owner = module
         if isinstance(module, ParametrizationList):
             # weight_norm and the like keep `embed.weight` as `embed.parametrizations.weight.*`.
-            owner = modules[".".join(parts[:-2])]
-        yield ".".join(kept), module, owner
+            owner = modules[".".join(path.split(".")[:-2])]
+        yield prefix, module, owner
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -7,10 +7,10 @@ judged once, and any use as an embedding or output head wins.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -53,26 +53,54 @@ class Verdict:
     reason: str
 
 
-_NORM_CLASS = re.compile(r"\w*Norm(\dd|Gated)?")
-_EMBEDDING_CLASS = re.compile(r"\w*Embed(der|dings?)?(Bag|Table|Layer)?")
-_EMBEDDING_NAME = re.compile(
+# A model of 70,000 matrices has few classes and few words in its names: answers about them are
+# kept. So many, for a notebook may define the same class many times.
+_CLASSES, _WORDS = 1024, 16384
+
+
+def _name_test(pattern: str) -> Callable[[str], bool]:
+    """A function that tells whether a part of a name matches."""
+    match = re.compile(pattern).fullmatch
+
+    @lru_cache(_WORDS)
+    def matches(word: str) -> bool:
+        return match(word) is not None
+
+    return matches
+
+
+def _class_test(pattern: str) -> Callable[[Any], str | None]:
+    """A function that gives a class's own name if that or one of its bases' matches."""
+    match = re.compile(pattern).fullmatch
+
+    @lru_cache(_CLASSES)
+    def name_of(kind: Any) -> str | None:
+        matches = any(match(base.__name__) for base in kind.__mro__)
+        return kind.__name__ if matches else None
+
+    return name_of
+
+
+_norm_class = _class_test(r"\w*Norm(\dd|Gated)?")
+_embedding_class = _class_test(r"\w*Embed(der|dings?)?(Bag|Table|Layer)?")
+_is_embedding_name = _name_test(
     r"(\w*_)?(emb|embed|embeds|embedding|embeddings|embedder|wte|wpe)(_(tokens|positions|in|table))?"
     r"|(\w*_)?(pos|position|positional)_(\w+_)?(table|encoding)"
     r"|(\w*_)?(cls|class|mask|register|query)_tokens?"
 )
-_HEAD_NAME = re.compile(
+_is_head_name = _name_test(
     r"(\w*_)?heads?|classifier|scores?|unembed(ding)?|embed_out|to_logits|qa_outputs"
     r"|output_projection"
 )
 # Too common elsewhere to mean a head, except for a Linear that is the model's own child.
-_TOP_LEVEL_HEAD_NAME = re.compile(r"output|out|fc|decoder|logits")
-_FUSED_NAME = re.compile(
+_is_top_level_head_name = _name_test(r"output|out|fc|decoder|logits")
+_is_fused_name = _name_test(
     r"\w*qkv\w*|in_proj_weight|c_attn|query_key_value|\w*gate_up\w*|weight_[ih]h_l\w+"
 )
 # Rows of their weights are inputs: transformers' GPT-2 and two of its mixtures of experts.
-_IN_OUT_CLASS = re.compile(r"Conv1D|GptOssExperts|Llama4TextExperts")
-_LORA_NAME = re.compile(r"lora_\w+")
-_ADAPTER_CLASS = re.compile(r"BaseTunerLayer")
+_in_out_class = _class_test(r"Conv1D|GptOssExperts|Llama4TextExperts")
+_is_lora_name = _name_test(r"lora_\w+")
+_adapter_class = _class_test(r"BaseTunerLayer")
 # A convolution of at most so many input channels reads pixels, as an embedding reads tokens.
 _PIXEL_CHANNELS = 4
 
@@ -87,12 +115,13 @@ def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
     Returns:
         Verdicts parallel to `entries`; "matrix" and "stack" are for Muon.
     """
+    modules = list(model.modules())
     marked = {
         **_last_linear_of_vocabulary_size(entries),
         **_heads_by_name(entries),
-        **_declared(model),
+        **_declared(modules),
     }
-    adapters = _adapter_parts(model)
+    adapters = _adapter_parts(modules)
     moe_paths = frozenset(
         f".{use.fqn}".split(".experts.")[0]
         for entry in entries
@@ -111,9 +140,9 @@ def judge(entries: Sequence[Entry], model: nn.Module) -> list[Verdict]:
     ]
 
 
-def _adapter_parts(model: nn.Module) -> frozenset[str]:
+def _adapter_parts(modules: Iterable[nn.Module]) -> frozenset[str]:
     """The names under which PEFT's layers of whatever method keep what they train."""
-    layers = (m for m in model.modules() if _base_class(m, _ADAPTER_CLASS))
+    layers = (module for module in modules if _adapter_class(type(module)))
     return frozenset(name for layer in layers for name in getattr(layer, "adapter_layer_names", ()))
 
 
@@ -125,11 +154,11 @@ def _by_part(entry: Entry, adapters: frozenset[str]) -> Verdict | None:
     for use in entry.uses:
         parts = use.fqn.split(".")
         leaf = parts[-1]
-        if any(map(_is_lora, parts)):
+        if any(map(_is_lora_name, parts)):
             return Verdict(adapted, "LoRA factor: orthogonalizing one factor is not Muon on W")
-        if adapter := next((part for part in parts if part in adapters), None):
+        if adapters and (adapter := next((part for part in parts if part in adapters), None)):
             return Verdict(adapted, f"part of an adapter ({adapter}), no weight matrix")
-        if norm := _base_class(use.owner, _NORM_CLASS):
+        if norm := _norm_class(type(use.owner)):
             return Verdict("norm", f"norm ({norm})")
         if leaf.endswith("bias"):
             return Verdict("bias", "bias")
@@ -142,7 +171,7 @@ def _by_part(entry: Entry, adapters: frozenset[str]) -> Verdict | None:
 
 def _by_embedding_class(entry: Entry) -> Verdict | None:
     for use in entry.uses:
-        if name := _base_class(use.owner, _EMBEDDING_CLASS):
+        if name := _embedding_class(type(use.owner)):
             return Verdict("embedding", f"embedding ({name})")
     return None
 
@@ -150,15 +179,17 @@ def _by_embedding_class(entry: Entry) -> Verdict | None:
 def _by_embedding_name(entry: Entry) -> Verdict | None:
     for use in entry.uses:
         name = _telling_name(use.fqn)
-        if _EMBEDDING_NAME.fullmatch(name):
+        if _is_embedding_name(name):
             return Verdict("embedding", f"embedding by its name, {name}")
     return None
 
 
 def find_convolution(entry: Entry) -> _ConvNd | None:
     """The convolution that a kernel belongs to; None for anything else."""
-    owners = (use.owner for use in entry.uses)
-    return next((owner for owner in owners if isinstance(owner, _ConvNd)), None)
+    for use in entry.uses:
+        if isinstance(use.owner, _ConvNd):
+            return use.owner
+    return None
 
 
 def find_structure(entry: Entry) -> tuple[Axes, Blocks | None]:
@@ -168,7 +199,7 @@ def find_structure(entry: Entry) -> tuple[Axes, Blocks | None]:
         # The groups of a convolution share no input: each is a matrix of its own.
         groups = convolution.groups
         return "conv", Blocks(groups) if groups > 1 else None
-    turned = any(_base_class(use.owner, _IN_OUT_CLASS) for use in entry.uses)
+    turned = any(_in_out_class(type(use.owner)) for use in entry.uses)
     return ("in_out" if turned else "out_in"), None
 
 
@@ -180,7 +211,7 @@ def _by_kernel(entry: Entry) -> Verdict | None:
     rows, columns = entry.parameter.shape[0], entry.parameter.shape[1:].numel()
     inputs, groups = convolution.in_channels, convolution.groups
     parts = entry.uses[0].fqn.split(".")
-    if name := next((part for part in parts if _EMBEDDING_NAME.fullmatch(part)), None):
+    if name := next((part for part in parts if _is_embedding_name(part)), None):
         return Verdict("embedding", f"embedding by its name, {name}")
     if convolution.transposed:
         return Verdict("other", "transposed convolution: its first dimension is the input")
@@ -211,12 +242,12 @@ def _matrix(entry: Entry, moe_paths: frozenset[str]) -> Verdict:
     turned = ", stored [in, out]" if find_structure(entry)[0] == "in_out" else ""
     if len(entry.parameter.shape) == 3:
         count = entry.parameter.shape[0]
-        fused = ", its fused blocks as one" if _FUSED_NAME.fullmatch(name) else ""
+        fused = ", its fused blocks as one" if _is_fused_name(name) else ""
         reason = f"stack of {count} matrices, orthogonalized one by one{fused}{turned}"
         return Verdict("stack", reason)
     if name in ("router", "gate") and parent in moe_paths:
         return Verdict("matrix", "hidden matrix (MoE router, as Moonlight does)")
-    if _FUSED_NAME.fullmatch(name):
+    if _is_fused_name(name):
         return Verdict("matrix", f"hidden matrix, its fused blocks orthogonalized as one{turned}")
     return Verdict("matrix", f"hidden matrix ({type(first.owner).__name__}){turned}")
 
@@ -225,7 +256,7 @@ def _matrix(entry: Entry, moe_paths: frozenset[str]) -> Verdict:
 # Heads and embeddings that only the whole model can tell.
 
 
-def _declared(model: nn.Module) -> dict[int, Verdict]:
+def _declared(modules: Sequence[nn.Module]) -> dict[int, Verdict]:
     """What the model itself says through Hugging Face's two getters."""
     marked: dict[int, Verdict] = {}
     getters: tuple[tuple[str, Kind], ...] = (
@@ -233,7 +264,10 @@ def _declared(model: nn.Module) -> dict[int, Verdict]:
         ("get_input_embeddings", "embedding"),
     )
     for getter, kind in getters:  # the embedding second: it wins over the head tied to it
-        for module in model.modules():
+        for module in modules:
+            cls: Any = type(module)
+            if not _may_have(cls, getter) and getter not in vars(module):
+                continue
             try:
                 part = getattr(module, getter)()
             except (AttributeError, NotImplementedError, TypeError):
@@ -255,14 +289,14 @@ def _heads_by_name(entries: Sequence[Entry]) -> dict[int, Verdict]:
     for entry in entries:
         for use in entry.uses:
             parts = use.fqn.split(".")
-            if entry.parameter.dim() < 2 or any(map(_is_lora, parts)):
+            if entry.parameter.dim() < 2 or any(map(_is_lora_name, parts)):
                 continue
             name = _telling_name(use.fqn)
             key = _head_container(parts)
-            if _HEAD_NAME.fullmatch(name) or (
+            if _is_head_name(name) or (
                 len(parts) == 2
                 and isinstance(use.owner, nn.Linear)
-                and _TOP_LEVEL_HEAD_NAME.fullmatch(name)
+                and _is_top_level_head_name(name)
             ):
                 key = key or use.fqn
             if key:
@@ -276,7 +310,7 @@ def _head_container(parts: Sequence[str]) -> str | None:
     for depth, part in enumerate(parts[:-2]):
         if part.isdecimal():
             return None
-        if _HEAD_NAME.fullmatch(part):
+        if _is_head_name(part):
             return ".".join(parts[: depth + 1])
     return None
 
@@ -316,18 +350,7 @@ def _telling_name(fqn: str) -> str:
     return fqn
 
 
-def _base_class(module: nn.Module, pattern: re.Pattern[str]) -> str | None:
-    """The name of the module's own class if it or one of its bases matches."""
-    bases = tuple(base.__name__ for base in type(module).__mro__)
-    return bases[0] if _matches(bases, pattern) else None
-
-
-# A model of 70,000 matrices has few classes and few words in its names.
-@cache
-def _matches(bases: tuple[str, ...], pattern: re.Pattern[str]) -> bool:
-    return any(map(pattern.fullmatch, bases))
-
-
-@cache
-def _is_lora(part: str) -> bool:
-    return _LORA_NAME.fullmatch(part) is not None
+@lru_cache(_CLASSES)
+def _may_have(kind: type[Any], method: str) -> bool:
+    """Whether modules of a class may answer to a method that is none of their attributes."""
+    return hasattr(kind, method) or kind.__getattr__ is not nn.Module.__getattr__

@@ -203,4 +203,6 @@ def without_collecting() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            # Nor later: a command ends soon, and the first look at a million objects takes 0.5 s.
+            gc.freeze()
             gc.enable()

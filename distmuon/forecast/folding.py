@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import count
 
 # The numbers in a name, and in a folded name the sets of them, as sorted tuples.
 _Numbers = tuple[int, ...]
 _Sets = tuple[_Numbers, ...]
+# A whole part of a dotted name.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def fold_names(names: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -44,10 +46,9 @@ def _contains(numbers: frozenset[int], number: int) -> bool:
 
 
 def _take_apart(name: str) -> tuple[str, _Numbers]:
-    parts = [part.replace("{", "{{").replace("}", "}}") for part in name.split(".")]
-    numbers = tuple(int(part) for part in parts if part.isdecimal())
-    places = count()
-    return ".".join(f"{{{next(places)}}}" if p.isdecimal() else p for p in parts), numbers
+    """The pattern of a name, for `str.format`, and its numbers."""
+    words = name.replace("{", "{{").replace("}", "}}")
+    return _NUMBER.sub("{}", words), tuple(map(int, _NUMBER.findall(words)))
 
 
 def _products(tuples: Iterable[_Numbers]) -> list[_Sets]:

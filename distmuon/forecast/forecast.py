@@ -15,7 +15,7 @@ from distmuon import Muon, build_param_groups
 from distmuon.buckets import BucketSpec, specify
 from distmuon.choice import Prediction, predict
 from distmuon.cost import CostModel
-from distmuon.forecast.doubts import doubt_about, find_owners, find_tables
+from distmuon.forecast.doubts import doubt_about, survey
 from distmuon.forecast.folding import fold_names
 from distmuon.forecast.traffic import (
     Move,
@@ -253,19 +253,19 @@ def _rows(
         for index, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
     }
-    tables, owners = find_tables(model), find_owners(model)
+    found_in = survey(model)
     trained = optimizer.parameter_names
     position: dict[str, int] = {}
     alike: defaultdict[_Kind, list[str]] = defaultdict(list)
-    for own_name, parameter in model.named_parameters():
+    for parameter, own_name in found_in.names.items():
         fqn = trained.get(parameter, own_name)
         position[fqn] = len(position)
         group = groups.get(parameter)
         reason, doubt = "requires_grad=False", ""
         if group is not None:
             reason = reasons[fqn]
-            owner = owners[parameter]
-            doubt = doubt_about(fqn, parameter, reason, owner=owner, tables=tables)
+            owner = found_in.owners[parameter]
+            doubt = doubt_about(fqn, parameter, reason, owner=owner, tables=found_in.tables)
         shape, dtype = tuple(parameter.shape), _say(parameter.dtype)
         alike[_Kind(group, shape, dtype, reason, doubt)].append(fqn)
     places = _places(specs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -187,4 +188,10 @@ def _norm(width: int) -> nn.Module:
 
 
 def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, device="meta", dtype=_DTYPE))
+    return nn.Parameter(_empty(shape))
+
+
+# Parameters of one shape may stand over the same tensor: there is nothing in it.
+@cache
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=_DTYPE)
