@@ -1,7 +1,8 @@
 """Speed and accuracy of `distmuon.orthogonalize` beside torch.optim.Muon's formulation.
 
     OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py speed [--shapes 512x512 ...]
-    OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py {accuracy,symmetries,range,panels,batching,aspect}
+    OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py {accuracy,symmetries,range,panels}
+    OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py {batching,aspect}
     OMP_NUM_THREADS=1 python benchmarks/orthogonalize.py slow-bfloat16
 
 One process and one thread; the contestants of a line run in turn, one call each, so that a busy

@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             momentum: Decay of the momentum average.
             nesterov: Whether to look ahead.
             ns_coefficients: A preset's name or numbers. "auto" leaves singular values in [0.98,
-                1.01] (on CPUs "halley" for large ones, else "p5"), torch's own "keller" in [0.68, 1.20].
+                1.01] ("halley" for larger ones on CPUs, else "p5"), "keller" in [0.68, 1.20].
             eps: Offset of AdamW's and NorMuon's denominators. Newton-Schulz needs none.
             ns_steps: Newton-Schulz iterations; None takes the preset's own number.
             adjust_lr_fn: Shape scaling; see `distmuon.update_rules.adjust_lr_factor`.
