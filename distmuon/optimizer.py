@@ -16,7 +16,6 @@ from distmuon.clipping import check_clip
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
 from distmuon.engine import Engine
-from distmuon.errors import see
 from distmuon.layout import LayoutChoice
 from distmuon.more_options import MoreOptions, complete
 from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind, Wire
@@ -25,9 +24,9 @@ from distmuon.phases import Profile
 from distmuon.plan import ExchangePlan
 from distmuon.qk_clip import QKClip
 from distmuon.report import Report, make_report
+from distmuon.saved_optimizer import SavedOptimizer
 from distmuon.splits import SplitDtype
-from distmuon.state_io import StateKeeper, key_by_name
-from distmuon.state_part import StateByParameter
+from distmuon.state_io import StateKeeper
 from distmuon.update_rules import AdjustLrFn
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(SavedOptimizer):
     """Muon for matrices and AdamW for the rest, with ZeRO-1 sharding.
 
     With a `process_group` each of its N ranks holds 1/N of the optimizer state. One step, on every
@@ -48,7 +47,6 @@ class Muon(torch.optim.Optimizer):
     Attributes:
         communicator: The ranks that the state is sharded over.
         policy: How they work together.
-        keeper: The state as dictionaries, for adapters that save it in their own way.
     """
 
     def __init__(  # noqa: PLR0913 - torch.optim.Muon's signature, then ours
@@ -128,13 +126,26 @@ class Muon(torch.optim.Optimizer):
             ValueError: for a value out of range, a parameter that is frozen or in two groups, a
                 shape Muon cannot take, or no matrix; TypeError for a wrong type of anything.
         """
-        first = reduce, nonfinite, max_skips, missing_grad, wave_bytes, check_desync_every, layout
-        last = cost_model, max_split, split_dtype, profile, diagnostics_every, wire, publish_bytes
-        self.policy = Policy(*first, *last)
+        self.policy = Policy(
+            reduce=reduce,
+            nonfinite=nonfinite,
+            max_skips=max_skips,
+            missing_grad=missing_grad,
+            wave_bytes=wave_bytes,
+            check_desync_every=check_desync_every,
+            layout=layout,
+            cost_model=cost_model,
+            max_split=max_split,
+            split_dtype=split_dtype,
+            profile=profile,
+            diagnostics_every=diagnostics_every,
+            wire=wire,
+            publish_bytes=publish_bytes,
+        )
         self.communicator = Communicator(process_group)
         # Where p.grad is not what is used, a GradScaler has to show itself to step().
         self._step_supports_amp_scaling = reduce != "ddp" and self.communicator.world_size > 1
-        self._names: dict[Tensor, str] = {}
+        self._names = {}
         self._engine: Engine | None = None
         self.keeper = StateKeeper(self.communicator, state_dict_kind)
         defaults: dict[str, Any] = {
@@ -302,75 +313,7 @@ class Muon(torch.optim.Optimizer):
         """What this rank has done so far: counts, bytes, times. Never a collective."""
         return make_report(self._specify(), self.communicator, self._engine)
 
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather the whole state on one rank, for `state_dict` until the next step. A collective.
-
-        Args:
-            to: The rank, within the process group, that receives the state in host memory.
-
-        Raises:
-            ValueError: if `to` is not a rank of the group.
-            RuntimeError: if `state_dict` returns handles.
-        """
-        self.keeper.consolidate(to=to)
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """State by FQN in handles for torch.distributed.checkpoint. Never a collective.
-
-        Returns:
-            As `state_dict`, but views of each rank's part: `save` writes it, `load` reads into it,
-            from any number of ranks. Then give this to `load_state_dict`, for the numbers in it.
-
-        Raises:
-            ValueError: if the parameters have no names.
-        """
-        return key_by_name(self._pack(self.keeper.sharded(self._specify())))
-
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """State of every parameter, in torch's form. Never a collective.
-
-        Returns:
-            An ordinary optimizer dictionary, the same for every world size, named as torch.optim
-            does: "momentum_buffer", or "step", "exp_avg" and "exp_avg_sq", in each parameter's own
-            shape; narrow ones' fp32 "master" too. With `state_dict_kind="sharded"` handles.
-
-        Raises:
-            RuntimeError: over several ranks, unless `consolidate_state_dict` came just before.
-        """
-        return self.keeper.reference() or self._pack(self.keeper.to_save(self._specify()))
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take hyperparameters and state, from a full dictionary at any world size.
-
-        Args:
-            state_dict: From `state_dict` of an optimizer with the same groups or of
-                torch.optim.Muon, by parameter number or FQN, or from `sharded_state_dict`. Each
-                rank keeps its own part; momentum stays fp32 whatever the parameters' dtype.
-
-        Raises:
-            ValueError: for other groups, hyperparameters out of range, or state that is partial,
-                foreign or misshaped, naming the parameter; nothing has been changed then.
-        """
-        if self.keeper.follows(state_dict):
-            return
-        groups = state_dict["param_groups"]
-        merged = group_check.merge_groups(self.param_groups, self._names, groups)
-        specs = self._specify()
-        saved = self.keeper.check(specs, self.param_groups, merged, state_dict["state"])
-        # torch's own loading of state would cast momentum to the parameters' dtype.
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
-        self.keeper.load(specs, saved)
-        self.keeper.mark(self.state, self.param_groups)
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "Muon cannot be copied or pickled: its state lies in buffers shared with the model and "
-            "with other ranks. Use state_dict() and load_state_dict()." + see("partial-state")
-        )
-
     def _specify(self) -> list[BucketSpec]:
         buckets = self._engine.buckets if self._engine else ()
         return [bucket.spec for bucket in buckets] or self._lay_out(self._names)
@@ -390,10 +333,3 @@ class Muon(torch.optim.Optimizer):
         self._engine = engine
         self.keeper.mark(self.state, self.param_groups)
         return engine
-
-    def _pack(self, state: StateByParameter) -> dict[str, Any]:
-        self.state.update(state)
-        try:
-            return super().state_dict()
-        finally:
-            self.keeper.mark(self.state, self.param_groups)

@@ -48,6 +48,7 @@ FLOORS = (
     ("engine",),
     ("report",),
     ("summary",),
+    ("saved_optimizer",),
     ("optimizer",),
     ("grad_scaler",),
     ("distmuon",),
