@@ -174,6 +174,7 @@ class OptimizerConfig:
     adjust_lr_fn: AdjustLrMode = _key(  # noqa: RUF009 - a string, which cannot be changed
         "match_rms_adamw", "how an update is scaled to the matrix shape (muon, normuon)"
     )
+    update_scale: float = _key(1.0, "factor on the result of adjust_lr_fn (muon, normuon)", "fixed")
     decay_rule: DecayRule = _key(  # noqa: RUF009 - likewise
         "decoupled", "cautious decays only what the update makes smaller too (muon, normuon)"
     )
@@ -192,6 +193,11 @@ class OptimizerConfig:
         _require(0.0 <= self.momentum < 1.0, "optimizer.momentum", self.momentum, "0 <= x < 1")
         some = self.ns_steps is None or self.ns_steps >= 1
         _require(some, "optimizer.ns_steps", self.ns_steps, ">= 1, or null")
+        scale = self.update_scale
+        _require(_finite(scale) and scale > 0, "optimizer.update_scale", scale, "> 0")
+        free = scale == 1.0 or (self.name in OURS and self.adjust_lr_fn != "update_rms")
+        only = f"1 with name={self.name} and adjust_lr_fn={self.adjust_lr_fn}"
+        _require(free, "optimizer.update_scale", scale, only)
         bound = self.max_update_rms
         usable = bound is None or (_finite(bound) and bound > 0)
         _require(usable, "optimizer.max_update_rms", bound, "> 0, or null")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from distmuon.qk_clip import attention_layers, record
 from distmuon.training.baselines import BASELINES, OURS
 from distmuon.training.config import Config, ConfigError, OptimizerConfig, TrainConfig
 from distmuon.training.world import World
+from distmuon.update_rules import AdjustLrMode, adjust_lr_factor
 
 # What some classes count in their groups instead of in their state.
 _COUNTER = "step"
@@ -73,7 +74,29 @@ def build_optimizer(
 
 def muon_options(config: OptimizerConfig) -> dict[str, Any]:
     """Hyperparameters of Muon under any engine: all of the section but its name."""
-    return {key: value for key, value in asdict(config).items() if key != "name"}
+    options = {key: value for key, value in asdict(config).items() if key != "name"}
+    scale = options.pop("update_scale")
+    if scale != 1.0:
+        options["adjust_lr_fn"] = scaled_factor(config.adjust_lr_fn, scale)
+    return options
+
+
+def scaled_factor(mode: AdjustLrMode, scale: float) -> Callable[[int, int], float]:
+    """Multiply the factors of an `adjust_lr_fn`.
+
+    Args:
+        mode: Which.
+        scale: By how much.
+
+    Returns:
+        An `adjust_lr_fn`, with a name by which ranks and checkpoints know what it computes.
+    """
+
+    def factor(rows: int, cols: int) -> float:
+        return scale * adjust_lr_factor(mode, rows, cols)
+
+    factor.__qualname__ = f"{scale!r} * {mode}"
+    return factor
 
 
 def matrix_rule(config: OptimizerConfig) -> MatrixRule:

@@ -147,3 +147,46 @@ def test_missing_state_of_one_parameter_is_named() -> None:
     part = {key: value for key, value in saved.items() if not key.startswith("adam.3.weight")}
     with pytest.raises(ConfigError, match=r"no adam state of 3\.weight"):
         train("adam", None, range(1), part)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+@pytest.mark.parametrize("mode", ["match_rms_adamw", "max_dim", "none"])
+def test_an_update_scale_scales_the_steps_of_the_matrices_and_no_others(
+    name: str, mode: str
+) -> None:
+    steps = []
+    for scale in (1.0, 0.25):
+        model = make_model()
+        keys = (f"name={name}", f"adjust_lr_fn={mode}", f"update_scale={scale}", "weight_decay=0")
+        config = load_config(None, [f"optimizer.{key}" for key in keys]).optimizer
+        optimizer = build_optimizer(model, config, World(0, 1, HERE, None))
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        steps.append({key: value.clone() for key, value in model.state_dict().items()})
+    whole, quarter = steps
+    for key, step in whole.items():
+        scale = 0.25 if key in ("0.weight", "3.weight") else 1.0
+        assert step.abs().sum() > 0
+        torch.testing.assert_close(quarter[key], step * scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.update_scale=0"], "update_scale=0.0. Must be > 0"),
+        (
+            ["optimizer.adjust_lr_fn=update_rms", "optimizer.update_scale=2"],
+            "update_scale=2.0. Must be 1 with name=muon and adjust_lr_fn=update_rms",
+        ),
+        (["optimizer.name=adamw", "optimizer.update_scale=2"], "Must be 1 with name=adamw"),
+    ],
+)
+def test_an_update_scale_that_would_do_nothing_is_refused(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    assert message in str(caught.value)

@@ -89,6 +89,18 @@ def test_after_an_interruption_the_same_command_goes_on(
     assert where in capsys.readouterr().out
 
 
+def test_a_scaled_update_goes_on_with_its_own_scale_only(tmp_path: Path) -> None:
+    scale = "optimizer.update_scale=0.5"
+    train(tmp_path, scale)
+    whole = (tmp_path / "x" / "model.safetensors").read_bytes()
+    interrupt(RunFolder(tmp_path / "x"))
+    assert "optimizer.update_scale is 0.5 there, 0.25 here" in refusal(
+        tmp_path, "optimizer.update_scale=0.25"
+    )
+    train(tmp_path, scale)
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == whole
+
+
 def test_only_the_newest_run_of_a_name_goes_on(interrupted: RunFolder, tmp_path: Path) -> None:
     train(tmp_path, "run.resume=never")
     train(tmp_path)
