@@ -44,14 +44,14 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _finish(axes: Axes, title: str, across: str, up: str) -> None:
+def _finish(axes: Axes, title: str, across: str, up: str, *, legend: str = "best") -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", framealpha=0.85)
+        axes.legend(loc=legend, framealpha=0.85)
 
 
 def _dots(axes: Axes, place: float, values: Sequence[float], **style: object) -> None:
@@ -85,7 +85,7 @@ def _category_dots(axes: Axes, rows: Rows, colour: str = "C0") -> None:
     for place, results in enumerate(rows.values()):
         _dots(axes, place, _losses(results), color=colour)
         axes.plot([place], [mean_loss(results)], "_", color="0.2", markersize=26)
-    axes.set_xticks(range(len(rows)), [name.replace(", ", "\n") for name in rows])
+    axes.set_xticks(range(len(rows)), [name.replace(",", "").replace(" ", "\n") for name in rows])
     axes.margins(x=0.15)
 
 
@@ -103,7 +103,7 @@ def draw_ratio(rows: Rows) -> Figure:
             curves.plot(result.steps, result.val_loss, "D", color="C2", markersize=5, label=label)
             label = None
     curves.set_ylim(1.55, 2.3)
-    _finish(curves, "validation loss, three seeds", "optimizer step", _LOSS)
+    _finish(curves, "validation loss, a line for each seed", "optimizer step", _LOSS)
     for name, tried in (("AdamW", ADAMW_LRS), ("Muon", MUON_LRS)):
         found = {lr: rows[f"{name}, lr {lr:g}"] for lr in tried if rows.get(f"{name}, lr {lr:g}")}
         _against(rates, name, found, _COLOURS[name])
@@ -177,7 +177,8 @@ def draw_entropy(rows: Rows) -> Figure:
     axes.set_xticks(range(len(kinds)), kinds)
     axes.margins(x=0.2)
     title = "singular value entropy of the weights at the end"
-    _finish(axes, title, "matrices", "entropy, 1: all singular values equal")
+    up = "entropy, 1: all singular values equal"
+    _finish(axes, title, "matrices", up, legend="lower right")
     return figure
 
 
@@ -210,7 +211,7 @@ def draw_normuon(rows: Rows) -> Figure:
     for (name, results), colour in zip(rows.items(), ("C0", "C3"), strict=True):
         _curves(curves, name, results, colour)
     curves.set_ylim(1.55, 2.3)
-    _finish(curves, "validation loss, three seeds", "optimizer step", _LOSS)
+    _finish(curves, "validation loss, a line for each seed", "optimizer step", _LOSS)
     muon = {result.seed: dict(result.validation) for result in rows["Muon"]}
     for result in rows["NorMuon"]:
         both = [(s, loss - muon[result.seed][s]) for s, loss in result.validation if s >= 200]

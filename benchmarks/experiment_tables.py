@@ -45,7 +45,8 @@ def loss_cells(results: Sequence[Result]) -> list[str]:
     known = {result.seed: result.val_loss for result in results}
     cells = [f"{known[seed]:.4f}" if seed in known else "-" for seed in SEEDS]
     values = known.values()
-    return [*cells, f"{mean(values):.4f}", f"{max(values) - min(values):.4f}"]
+    spread = f"{max(values) - min(values):.4f}" if len(values) > 1 else "-"
+    return [*cells, f"{mean(values):.4f}", spread]
 
 
 def loss_table(corner: str, rows: Rows) -> str:
@@ -86,7 +87,7 @@ def pick(rows: Rows, names: Iterable[str]) -> Rows:
 
 
 def best_adamw(rows: Rows) -> tuple[float, Sequence[Result]]:
-    """AdamW at the learning rate with the smallest mean loss.
+    """AdamW at the learning rate with the smallest mean loss of the seeds that all were run with.
 
     Args:
         rows: of the experiment "ratio".
@@ -98,7 +99,8 @@ def best_adamw(rows: Rows) -> tuple[float, Sequence[Result]]:
         ValueError: if it is the smallest or largest that was tried: nobody knows what is beyond.
     """
     tried = {lr: rows[f"AdamW, lr {lr:g}"] for lr in ADAMW_LRS if rows.get(f"AdamW, lr {lr:g}")}
-    best = min(tried, key=lambda lr: mean_loss(tried[lr]))
+    common = set.intersection(*({result.seed for result in row} for row in tried.values()))
+    best = min(tried, key=lambda lr: mean_loss([r for r in tried[lr] if r.seed in common]))
     if best in (min(tried), max(tried)):
         raise ValueError(f"AdamW's best lr {best:g} is the last one tried on its side.")
     return best, tried[best]
@@ -125,26 +127,35 @@ def ratio_tables(rows: Rows) -> list[str]:
     best, adamw = best_adamw(rows)
     swept = pick(rows, (f"{name}, lr {lr:g}" for name, lr in _lrs()))
     targets = {result.seed: result.val_loss for result in adamw}
-    cells = []
-    for result in rows[f"Muon, lr {LR:g}"]:
-        step = crossing(result.validation, targets[result.seed])
-        assert step is not None, "Muon ends below AdamW"
-        cells.append((f"{targets[result.seed]:.4f}", f"{step:.0f}", f"{step / STEPS:.3f}"))
+    passed = [
+        step
+        for result in rows[f"Muon, lr {LR:g}"]
+        if (step := crossing(result.validation, targets[result.seed])) is not None
+    ]
+    losses = [*targets.values(), mean(targets.values())]
+    passed.append(mean(passed))
     passing = to_markdown(
-        ["", *(f"seed {seed}" for seed in targets)],
-        zip(
-            (f"AdamW, lr {best:g}, val loss", "step at which Muon passes it", f"share of {STEPS}"),
-            *cells,
-            strict=True,
-        ),
+        ["", *(f"seed {seed}" for seed in targets), "mean"],
+        [
+            [f"AdamW, lr {best:g}, val loss", *(f"{loss:.4f}" for loss in losses)],
+            ["step at which Muon passes it", *(f"{step:.0f}" for step in passed)],
+            [f"share of {STEPS}", *(f"{step / STEPS:.3f}" for step in passed)],
+        ],
     )
     short = to_markdown(
-        ["Muon's schedule", "share", *(f"seed {seed}" for seed in SEEDS), "mean", "AdamW - Muon"],
+        [
+            "Muon's schedule",
+            "share",
+            *(f"seed {seed}" for seed in SEEDS),
+            "mean",
+            "spread",
+            "AdamW - Muon",
+        ],
         (
             [
                 f"{results[0].steps} steps",
                 f"{results[0].steps / STEPS:.2f}",
-                *loss_cells(results)[:-1],
+                *loss_cells(results),
                 f"{mean_loss(adamw) - mean_loss(results):+.4f}",
             ]
             for results in pick(rows, (f"Muon, {steps} steps" for steps in SHORT)).values()
