@@ -31,6 +31,7 @@ Entry = Literal[
     "gradient-not-averaged",
     "launch",
     "logging",
+    "metrics",
     "missing-gradient",
     "missing-package",
     "model-source",

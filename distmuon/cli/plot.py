@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _read_runs(paths: Sequence[Path]) -> list[Run]:
     from distmuon.training.curves import Run
-    from distmuon.training.metrics import read_metrics
+    from distmuon.training.metrics import MetricsError, read_metrics
 
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
     folders = [file.resolve().parent.name for file in files]
@@ -101,11 +100,10 @@ def _read_runs(paths: Sequence[Path]) -> list[Run]:
         except FileNotFoundError:
             message = f"{file}: no such file. Give a run's folder, such as runs/NAME."
             raise CommandError(message) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"{file} cannot be read: {error}.") from error
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            message = f"{file} has a line that is none of a training run's: {error}."
-            raise CommandError(message, code=BROKEN) from error
+        except OSError as error:
+            raise CommandError(f"{file} cannot be read: {error.strerror or error}.") from error
+        except MetricsError as error:
+            raise CommandError(str(error), code=BROKEN) from None
         if not lines:
             raise CommandError(f"{file} has no whole line yet.", code=BROKEN)
         # The folder's name, unless two runs have the same.

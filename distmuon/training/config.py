@@ -329,7 +329,7 @@ class Launch:
         world_size: number of processes.
         local_rank: number of this process on its machine.
         local_world_size: number of processes on its machine.
-        output: "plain" lines (continuous integration), or what the terminal allows.
+        output: "plain" lines (continuous integration), what the terminal allows, or "json" lines.
         threads: who chose the number of threads per process.
         job: torchrun's name of this job, kept when it starts the processes again; None without.
     """
@@ -338,7 +338,7 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    output: Literal["plain", "terminal"] = "terminal"
+    output: Literal["plain", "terminal", "json"] = "terminal"
     threads: Literal["user", "unset"] = "unset"
     job: str | None = None
 

@@ -22,14 +22,17 @@ from distmuon.training.signals import StopSignals
 from distmuon.training.snapshot import load_snapshot, save_snapshot
 from distmuon.training.summary import (
     OPTIMIZER_NAMES,
+    account_for_end,
+    account_for_optimizer,
+    account_for_stop,
     describe_files,
     describe_loss,
-    describe_optimizer,
     describe_sample,
     describe_saving,
     describe_start,
     describe_stop,
 )
+from distmuon.training.terminal import Terminal, open_terminal
 from distmuon.training.trainer import StepResult, Trainer, build_trainer
 from distmuon.training.world import World, join_world
 
@@ -42,16 +45,19 @@ class Recorder:
         log: the file.
         view: the terminal.
         loggers: of `run.loggers`.
+        terminal: for programs that read along.
     """
 
     log: MetricsLog
     view: ProgressView
     loggers: Sequence[CarefulLogger]
+    terminal: Terminal
 
     def record(self, metrics: StepMetrics) -> None:
         """Write a line to the file, show it, and pass it on."""
         self.log.write(metrics)
         self.view.show(metrics)
+        self.terminal.hand_out(metrics)
         for logger in self.loggers:
             logger.log(metrics)
 
@@ -128,47 +134,54 @@ def run_in_world(
         start = world.from_first(lambda: choose_start(config, text=text, job=launch.job, held=held))
         progress = load_snapshot(trainer, start.checkpoint) if start.checkpoint else Progress()
         folder = world.from_first(lambda: open_folder(config, start, job=launch.job, held=held))
-        lines: list[StepMetrics] = []
-        if world.rank == 0:
-            lines = earlier_metrics(start)
-            print(describe_start(trainer, folder), flush=True)
-            print(describe_saving(config, folder, start, lines), flush=True)
+        lines = world.from_first(lambda: earlier_metrics(start))
+        terminal = open_terminal(launch.output) if world.rank == 0 else None
+        if terminal is not None:
+            terminal.say(describe_start(trainer, folder))
+            terminal.say(describe_saving(config, folder, start, lines))
         run = Run(trainer, folder, progress, text)
-        _train_recorded(run, lines, launch, signals)
+        _train_recorded(run, lines, launch, signals, terminal)
         if progress.step < config.train.steps:
-            if world.rank == 0:
-                print(describe_stop(config, folder, progress.step, signals.received), flush=True)
+            if terminal is not None:
+                stopped = config, folder, progress.step, signals.received
+                terminal.say(describe_stop(*stopped))
+                terminal.conclude(account_for_stop(*stopped))
             return
         # All is saved. What follows may take its time, and a signal may end it.
         signals.release()
-        _finish(run, lines)
+        _finish(run, lines, terminal)
 
 
-def _finish(run: Run, lines: list[StepMetrics]) -> None:
+def _finish(run: Run, lines: list[StepMetrics], terminal: Terminal | None) -> None:
     trainer, folder = run.trainer, run.folder
-    optimizer_lines = describe_optimizer(trainer.optimizer, trainer.config, trainer.world)
-    if trainer.world.rank == 0:
+    account = account_for_optimizer(trainer.optimizer, trainer.config, trainer.world)
+    if terminal is not None:
         _write_files(trainer, folder, lines)
-        print(describe_loss(lines))
-        print(describe_sample(trainer))
-        print(optimizer_lines)
-        print(describe_files(folder), flush=True)
+        terminal.say(describe_loss(lines))
+        terminal.say(describe_sample(trainer))
+        terminal.say(account.words)
+        terminal.say(describe_files(folder))
+        terminal.conclude(account_for_end(folder, lines, account))
 
 
 def _train_recorded(
-    run: Run, lines: list[StepMetrics], launch: Launch, signals: StopSignals
+    run: Run,
+    lines: list[StepMetrics],
+    launch: Launch,
+    signals: StopSignals,
+    terminal: Terminal | None,
 ) -> None:
     """Train with a log and a progress view on rank 0; append what is logged there to `lines`."""
     with ExitStack() as stack:
         recorder = None
-        if run.trainer.world.rank == 0:
+        if terminal is not None:
             log = stack.enter_context(MetricsLog(run.folder.metrics, lines))
-            view = make_progress(
-                steps=run.trainer.config.train.steps, output=launch.output, done=run.progress.step
-            )
             config, step = run.trainer.config, run.progress.step
+            view = make_progress(
+                steps=config.train.steps, output=launch.output, done=step, file=terminal.words
+            )
             loggers = stack.enter_context(open_loggers(config, run.folder, step=step))
-            recorder = Recorder(log, stack.enter_context(view), loggers)
+            recorder = Recorder(log, stack.enter_context(view), loggers, terminal)
         _train(run, recorder, signals)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -13,7 +15,7 @@ from typing_extensions import override
 
 from distmuon.training.config import ConfigError, Launch
 
-EXTRAS = ("omegaconf", "yaml", "rich", "safetensors", "matplotlib")
+EXTRAS = ("omegaconf", "yaml", "safetensors", "matplotlib")
 USER_ERROR = 2
 INTERRUPTED = 130
 # How long a failed rank that has nothing to say waits for the one that has.
@@ -25,6 +27,13 @@ Train a small byte-level transformer on real text, with Muon or AdamW under ZeRO
   torchrun --standalone --nproc-per-node 2 {several} --config configs/shakespeare.yaml
   {one} --config configs/shakespeare.yaml train.steps=50 optimizer.lr=0.01
 """
+EPILOG = """\
+With --json standard output has the lines of metrics.jsonl as they are measured, and a last object
+that begins with "ok"; all other text goes to standard error.
+
+exit codes: 0 done, or stopped by a signal and saved; 1 the training failed, with a traceback; 2 a
+mistake in the command or the configuration; 130 Ctrl-C before or after the training. torchrun shows
+a rank's code and exits with 1 itself."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,12 +57,16 @@ def main(arguments: Sequence[str] | None = None, program: str = "launch/train.py
         training. Other failures raise, with a traceback, so that torchrun can record them.
     """
     launch = Launch()
+    given = sys.argv[1:] if arguments is None else arguments
+    answers = "--json" in given
     try:
         launch = Launch.from_environment()
-        return _run(arguments, launch, program)
+        return _run(given, launch, program)
     except ConfigError as error:
         if launch.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+            if answers and launch.rank == 0:
+                _answer_failure(str(error))
         else:
             # torchrun stops all ranks as soon as one fails: let the rank with the message be it.
             time.sleep(SILENT_WAIT_S)
@@ -62,9 +75,18 @@ def main(arguments: Sequence[str] | None = None, program: str = "launch/train.py
         if launch.rank == 0:
             print("\nInterrupted. What was saved is kept.", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if answers and launch.rank == 0:
+            _answer_failure(f"{type(error).__name__}: {error}")
+        raise
 
 
-def _run(arguments: Sequence[str] | None, launch: Launch, program: str) -> int:
+def _answer_failure(message: str) -> None:
+    # Not terminal.py's: to say which packages are missing, none may be needed.
+    print(json.dumps({"ok": False, "error": message}), flush=True)
+
+
+def _run(arguments: Sequence[str], launch: Launch, program: str) -> int:
     missing = [name for name in EXTRAS if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -83,12 +105,14 @@ def _run(arguments: Sequence[str] | None, launch: Launch, program: str) -> int:
             several=program if script else f"-m {program}",
             one=f"python {program}" if script else program,
         ),
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     parser.add_argument("--config", metavar="FILE", help="YAML file; without one, the defaults")
+    parser.add_argument("--json", action="store_true", help="print JSON lines; see below")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="overrules the file; later wins"
     )
@@ -103,5 +127,5 @@ def _run(arguments: Sequence[str] | None, launch: Launch, program: str) -> int:
 
     from distmuon.training.loop import run_training
 
-    run_training(config, launch)
+    run_training(config, replace(launch, output="json") if options.json else launch)
     return 0

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -50,6 +50,13 @@ class StepMetrics:
     diagnostics: Diagnostics | None = None
     max_logits: Mapping[str, float] | None = None
     qk_clip: Mapping[str, float] | None = None
+
+
+# Those of `metrics.jsonl` that are one number, and those of them that may be null.
+_NUMBERS = frozenset(
+    "step loss val_loss lr grad_norm tokens_per_s optimizer_ms elapsed_s step_ms".split()
+)
+_MAY_BE_NULL = frozenset({"val_loss", "step_ms"})
 
 
 @dataclass(slots=True)
@@ -118,7 +125,7 @@ class MetricsLog:
 
     def _begin(self) -> None:
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(map(_as_json, self.lines)), encoding="utf-8")
+        partial.write_text("".join(map(to_json, self.lines)), encoding="utf-8")
         partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -149,7 +156,7 @@ class MetricsLog:
             if self._file is None:
                 self._begin()
             else:
-                self._file.write(_as_json(metrics))
+                self._file.write(to_json(metrics))
                 self._file.flush()
         except OSError as error:
             self._close()
@@ -163,7 +170,12 @@ class MetricsLog:
             self._warned = True
 
 
-def _as_json(metrics: StepMetrics) -> str:
+def to_json(metrics: StepMetrics) -> str:
+    """One line of the file, with its end.
+
+    Args:
+        metrics: What it holds.
+    """
     row: dict[str, Any] = asdict(metrics)
     for key in ("diagnostics", "max_logits"):
         if row[key] is None:
@@ -180,37 +192,93 @@ def _as_json(metrics: StepMetrics) -> str:
     return json.dumps(row) + "\n"
 
 
-def _from_json(line: str) -> StepMetrics:
-    row = json.loads(line)
+class MetricsError(ValueError):
+    """A line of metrics is none that a training run writes."""
+
+    def __init__(self, what: str, place: str = "") -> None:
+        """Keep what is wrong apart from where.
+
+        Args:
+            what: A clause.
+            place: File and line; empty where they are not known yet.
+        """
+        said = f"{place}: {what}. A training run writes no such line." if place else what
+        super().__init__(said + see("metrics"))
+        self.what = what
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Read a `metrics.jsonl` file.
+
+    Args:
+        path: The file. Keys that this version does not know are left out: a newer one wrote them.
+
+    Returns:
+        Its lines, but for one that has no end yet.
+
+    Raises:
+        OSError: If it cannot be read.
+        MetricsError: Naming file and line, if one has no metrics.
+    """
+    # A run that was killed while it wrote leaves half a line, without an end.
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            lines.append(_from_json(line))
+        except MetricsError as error:
+            raise MetricsError(error.what, f"{path}, line {number}") from None
+    return lines
+
+
+def _from_json(line: bytes) -> StepMetrics:
+    try:
+        row = json.loads(line)
+    except ValueError:  # also for bytes that are no text
+        raise MetricsError(f"no JSON: {line[:40]!r}") from None
+    row = _known(StepMetrics, row)
+    for key in _NUMBERS & row.keys():
+        value = row[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number and not (value is None and key in _MAY_BE_NULL):
+            raise MetricsError(f"{key!r} is {json.dumps(value)}, no number")
     if row.get("diagnostics") is not None:
         row["diagnostics"] = _read_diagnostics(row["diagnostics"])
     return StepMetrics(**row)
 
 
-def _read_diagnostics(row: dict[str, Any]) -> Diagnostics:
-    def read(kind: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
-        keys = [each.name for each in fields(kind)]
-        plain = ({key: each[key] for key in keys} for each in rows)
+def _known(kind: type[Any], row: Any) -> dict[str, Any]:
+    """What a record of this version can hold of an object from a file."""
+    if not isinstance(row, dict):
+        raise MetricsError(f"no JSON object: {json.dumps(row)[:40]}")
+    for each in fields(kind):
+        if each.default is MISSING and each.name not in row:
+            raise MetricsError(f"{each.name!r} is missing")
+    return {each.name: row[each.name] for each in fields(kind) if each.name in row}
+
+
+def _read_diagnostics(row: Any) -> Diagnostics:
+    def read(kind: type[Any], rows: Any) -> tuple[Any, ...]:
         return tuple(
-            kind(**{key: math.nan if value is None else value for key, value in each.items()})
-            for each in plain
+            kind(**{k: math.nan if value is None else value for k, value in known.items()})
+            for known in (_known(kind, each) for each in _list(rows))
         )
 
+    known = _known(Diagnostics, row)
     return Diagnostics(
         **{
-            **row,
-            "groups": read(GroupDiagnostics, row["groups"]),
-            "matrices": read(MatrixDiagnostics, row["matrices"]),
-            "owner_flops": tuple(row["owner_flops"]),
+            **known,
+            "groups": read(GroupDiagnostics, known["groups"]),
+            "matrices": read(MatrixDiagnostics, known["matrices"]),
+            "owner_flops": tuple(_list(known["owner_flops"])),
         }
     )
 
 
-def read_metrics(path: Path) -> list[StepMetrics]:
-    """Read a `metrics.jsonl` file."""
-    # A run that was killed while it wrote leaves half a line, without an end.
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [_from_json(line) for line in whole.splitlines()]
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise MetricsError(f"no list in the diagnostics: {json.dumps(value)[:40]}")
+    return value
 
 
 class Stopwatch:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from types import TracebackType
-from typing import Protocol
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+from typing import Protocol, TextIO
 
 from distmuon.training.metrics import StepMetrics
+from distmuon.training.terminal import Output
 
 
 class ProgressView(Protocol):
@@ -43,25 +36,35 @@ class ProgressView(Protocol):
         ...
 
 
-def make_progress(*, steps: int, output: str, done: int = 0) -> ProgressView:
-    """Choose the bar where standard output is a terminal and `output` is not "plain".
+def make_progress(
+    *, steps: int, output: Output, done: int = 0, file: TextIO | None = None
+) -> ProgressView:
+    """Choose the bar where a terminal shows it, rich is installed, and `output` is not "plain".
 
     Args:
         steps: of the whole run.
         output: of `Launch`.
         done: how many of them an earlier sitting did.
+        file: where to; None for standard output.
     """
-    console = Console()
-    if output != "plain" and console.is_terminal:
-        return BarProgress(steps, console, done=done)
-    return PlainProgress(steps)
+    out = file or sys.stdout
+    if output != "plain" and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+
+        from distmuon.training.bar import BarProgress
+
+        console = Console(file=out)
+        if console.is_terminal:
+            return BarProgress(steps, console, done=done)
+    return PlainProgress(steps, out)
 
 
 class PlainProgress:
     """One line for each line of metrics."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, file: TextIO) -> None:
         self.steps = steps
+        self._file = file
 
     def __enter__(self) -> PlainProgress:
         """Nothing to set up."""
@@ -85,55 +88,9 @@ class PlainProgress:
         print(
             f"step {metrics.step:>{width}}/{self.steps}  {describe(metrics)}  "
             f"eta {format_seconds(remaining)}",
+            file=self._file,
             flush=True,
         )
-
-
-class BarProgress:
-    """A bar that is redrawn in place."""
-
-    def __init__(self, steps: int, console: Console, *, done: int = 0) -> None:
-        self._progress = Progress(
-            MofNCompleteColumn(),
-            # The bar takes what the figures leave, so that all of them fit into 80 columns.
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            TextColumn("eta"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            expand=True,
-        )
-        self._task = self._progress.add_task("", total=steps, completed=done)
-
-    def __enter__(self) -> BarProgress:
-        """Start to redraw."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leave the last state on the screen and give the cursor back."""
-        self._progress.stop()
-
-    def advance(self) -> None:
-        """Move the bar by one step."""
-        self._progress.advance(self._task)
-
-    def show(self, metrics: StepMetrics) -> None:
-        """Replace the figures; validations stay on the screen as lines above the bar."""
-        figures = (
-            f"loss {metrics.loss:.4f} lr {metrics.lr:.1e} {metrics.tokens_per_s:,.0f} tok/s "
-            f"optimizer {metrics.optimizer_ms:.1f} ms"
-        )
-        self._progress.update(self._task, description=figures)
-        if metrics.val_loss is not None:
-            self._progress.console.print(
-                f"step {metrics.step}  {describe(metrics)}", markup=False, soft_wrap=True
-            )
 
 
 def describe(metrics: StepMetrics) -> str:

@@ -21,7 +21,7 @@ from distmuon.checkpoint import CheckpointError
 from distmuon.checkpoint.manifest import read_manifest
 from distmuon.training.config import Config, ConfigError, RunConfig
 from distmuon.training.keys import describe_keys
-from distmuon.training.metrics import StepMetrics, read_metrics
+from distmuon.training.metrics import MetricsError, StepMetrics, read_metrics
 from distmuon.training.run_folder import (
     InUseError,
     RunFolder,
@@ -269,7 +269,11 @@ def _open_new(run: RunConfig, start: Start, held: ExitStack) -> RunFolder:
 
 
 def earlier_metrics(start: Start) -> list[StepMetrics]:
-    """Read the lines of metrics up to the checkpoint; those after it will be written again."""
+    """Read the lines of metrics up to the checkpoint; those after it will be written again.
+
+    Raises:
+        ConfigError: if the file is damaged: going on would write it anew without them.
+    """
     if start.checkpoint is None:
         return []
     folder = RunFolder(start.folder or start.checkpoint.resolve().parents[1])
@@ -277,4 +281,6 @@ def earlier_metrics(start: Start) -> list[StepMetrics]:
         lines = read_metrics(folder.metrics)
     except OSError:
         return []
+    except MetricsError as error:
+        raise ConfigError(str(error)) from None
     return [line for line in lines if line.step <= start.step]

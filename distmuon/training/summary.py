@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -37,13 +39,14 @@ OPTIMIZER_NAMES = {
 def describe_start(trainer: Trainer, folder: RunFolder) -> str:
     """Name the text, the model, the ranks and the folder."""
     config, corpus, world = trainer.config, trainer.corpus, trainer.world
+    model = config.model
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     return "\n".join(
         (
             f"text       {corpus.origin}: {corpus.train.numel():,} bytes to train on, "
             f"{corpus.val.numel():,} held out",
-            f"model      {count:,} parameters: {config.model.layers} layers, "
-            f"dim {config.model.dim}, {config.model.heads} heads, context {config.data.context}",
+            f"model      {count:,} parameters: {model.layers} layer{'s' * (model.layers > 1)}, "
+            f"dim {model.dim}, {model.heads} heads, context {config.data.context}",
             f"ranks      {world.size} on {world.device.type}, "
             f"{config.train.batch} windows per step in all",
             f"optimizer  {_optimizer_name(config, world)}, lr {config.optimizer.lr:g}",
@@ -113,11 +116,26 @@ def describe_sample(trainer: Trainer) -> str:
 
 def describe_files(folder: RunFolder) -> str:
     """Say where the files are."""
-    files = (folder.config, folder.metrics, folder.plot, folder.weights)
-    return f"\nwritten to {folder.path}: {', '.join(file.name for file in files)}"
+    return f"\nwritten to {folder.path}: {', '.join(file.name for file in _files(folder))}"
 
 
-def describe_optimizer(optimizer: Optimizer, config: Config, world: World) -> str:
+def _files(folder: RunFolder) -> tuple[Path, ...]:
+    return folder.config, folder.metrics, folder.plot, folder.weights
+
+
+class Account(NamedTuple):
+    """What the optimizer did, over all ranks.
+
+    Attributes:
+        words: for people.
+        figures: for programs.
+    """
+
+    words: str
+    figures: Mapping[str, Any]
+
+
+def account_for_optimizer(optimizer: Optimizer, config: Config, world: World) -> Account:
     """Tell what the optimizer did, over all ranks. A collective.
 
     Raises:
@@ -125,11 +143,51 @@ def describe_optimizer(optimizer: Optimizer, config: Config, world: World) -> st
     """
     if not isinstance(optimizer, Muon | ZeroOrtho):
         held = [row[0] for row in world.collect([state_bytes(optimizer)])]
-        return f"{_optimizer_name(config, world)}\nstate per rank {_per_rank(held)}"
+        words = f"{_optimizer_name(config, world)}\nstate per rank {_per_rank(held)}"
+        return Account(words, {"name": config.optimizer.name, "state_bytes": held})
     summary = summarize(optimizer)
     if summary.problem or summary.calls != summary.matrices * summary.steps:
         raise RuntimeError(str(summary) + see("not-orthogonalized"))
-    return str(summary)
+    figures = {
+        "name": config.optimizer.name,
+        "steps": summary.steps,
+        "skipped": summary.skipped,
+        "matrices": summary.matrices,
+        "orthogonalized": summary.calls,
+        "expected": summary.expected,
+        "newton_schulz_flops": summary.flops,
+        "bytes_sent": dict(summary.bytes_sent),
+        "matrices_owned": [rank.owned for rank in summary.ranks],
+        "state_bytes": [rank.state_bytes for rank in summary.ranks],
+    }
+    return Account(str(summary), figures)
+
+
+def account_for_end(
+    folder: RunFolder, lines: Sequence[StepMetrics], account: Account
+) -> dict[str, Any]:
+    """The last object of a run that came to its end."""
+    last = lines[-1] if lines else None
+    return {
+        "finished": True,
+        "step": last.step if last else None,
+        "val_loss": last.val_loss if last else None,
+        "elapsed_s": last.elapsed_s if last else None,
+        "folder": str(folder.path),
+        "files": [str(file) for file in _files(folder)],
+        "optimizer": account.figures,
+    }
+
+
+def account_for_stop(config: Config, folder: RunFolder, step: int, number: int) -> dict[str, Any]:
+    """The last object of a run that a signal stopped."""
+    return {
+        "finished": False,
+        "step": step,
+        "stopped_by": signal.Signals(number).name,
+        "folder": str(folder.path),
+        "checkpoint": str(folder.checkpoint(step)) if config.run.save_every else None,
+    }
 
 
 def _optimizer_name(config: Config, world: World) -> str:

@@ -33,7 +33,14 @@ NOT_YET: frozenset[str] = frozenset()
 # Words in a row by which a message is known again.
 RUN = 3
 # Their constructors name an entry, so the places that raise them need not.
-NAMES_ITS_OWN = ("CheckpointError", "CommandError", "ConfigError", "RankFailure", "SourceError")
+NAMES_ITS_OWN = (
+    "CheckpointError",
+    "CommandError",
+    "ConfigError",
+    "MetricsError",
+    "RankFailure",
+    "SourceError",
+)
 # Never seen by a user: a bug, caught at once, or argparse's own wrapping.
 NOT_FOR_USERS = ("AssertionError", "InUseError", "ArgumentTypeError", "SystemExit")
 # The system's own error, which is caught and told with the path.

@@ -19,7 +19,7 @@ from PIL import Image
 from distmuon.cli.main import main
 from distmuon.diagnostics import Diagnostics, GroupDiagnostics, MatrixDiagnostics
 from distmuon.training.curves import LOSS, PANELS, Panel, Run, gather_facts, owner_loads
-from distmuon.training.metrics import MetricsLog, StepMetrics
+from distmuon.training.metrics import MetricsLog, StepMetrics, read_metrics, to_json
 from distmuon.training.plot import describe_missing, draw_runs
 from tests.browser import open_in_browser, read_strictly
 
@@ -204,14 +204,24 @@ def test_json_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert told["runs"][0]["owner_loads"][0] == 1e9
 
 
+# A line of a run.
+WHOLE = to_json(StepMetrics(1, 2.0, None, 1e-3, 0.5, 1e3, 2.5, 10.0))
+
+
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [
         (None, 2, "no such file"),
         ("", 1, "no whole line yet"),
-        ('{"step": 1}\n', 1, "none of a training run's"),
-        ("not json\n", 1, "none of a training run's"),
-        ("[1]\n", 1, "none of a training run's"),
+        ('{"step": 1}\n', 1, "metrics.jsonl, line 1: 'loss' is missing. A training run writes no"),
+        ("not json\n", 1, "line 1: no JSON: b'not json'"),
+        ("[1]\n", 1, "line 1: no JSON object: [1]"),
+        (WHOLE + WHOLE.replace("2.0", '"2.0"'), 1, "line 2: 'loss' is \"2.0\", no number"),
+        (WHOLE + WHOLE.replace("2.0", "null"), 1, "line 2: 'loss' is null, no number"),
+        (WHOLE + "\n", 1, "line 2: no JSON"),
+        ("\N{SNOWMAN}\x00\n", 1, "line 1: no JSON"),
+        (WHOLE[:-2] + ', "diagnostics": 3}\n', 1, "line 1: no JSON object: 3"),
+        (WHOLE[:-2] + ', "diagnostics": {"step": 1}}\n', 1, "is missing"),
     ],
 )
 def test_what_is_no_run_is_named(
@@ -227,3 +237,19 @@ def test_what_is_no_run_is_named(
     told = capsys.readouterr().err
     assert message in told
     assert "metrics.jsonl" in told
+    assert "docs/errors.md#" in told
+
+
+def test_figures_that_a_later_version_measures_are_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path / "run", made_up("run"))
+    file = folder / "metrics.jsonl"
+    known = read_metrics(file)
+    rows = [json.loads(each) for each in file.read_text().splitlines()]
+    for row in rows:
+        row["entropy"] = 0.5
+        if "diagnostics" in row:
+            row["diagnostics"] |= {"ranks": 4}
+            row["diagnostics"]["matrices"][0] |= {"rank": 3}
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert read_metrics(file) == known
+    assert main(["plot", str(folder), "--png", str(tmp_path / "plot.png")]) == 0

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distmuon.pictures.figure import to_png
+from distmuon.training.bar import BarProgress
 from distmuon.training.config import Config, ConfigError, Launch, TrainConfig
 from distmuon.training.config_file import load_config
 from distmuon.training.curves import LOSS, Run
@@ -28,7 +29,7 @@ from distmuon.training.metrics import MetricsLog, StepMetrics, read_metrics
 from distmuon.training.model import Transformer
 from distmuon.training.optimizers import build_optimizer, lr_scale, state_bytes
 from distmuon.training.plot import draw_runs
-from distmuon.training.progress import BarProgress, PlainProgress, format_seconds, make_progress
+from distmuon.training.progress import PlainProgress, format_seconds, make_progress
 from distmuon.training.resume import Start, open_folder
 from distmuon.training.run_folder import RunFolder
 from distmuon.training.trainer import NonFiniteError, Trainer, build_trainer
