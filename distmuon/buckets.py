@@ -227,6 +227,7 @@ def specify(
                 model=policy.cost_model or default_cost_model(device.type),
                 wave_numel=policy.wave_numel,
                 itemsize=dtype.itemsize,
+                wire_itemsize=policy.wire_itemsize,
                 sharing=policy.sharing,
             )
         layout = ownership.parameters if ownership else flat_layout(tensors, world_size)

@@ -62,6 +62,7 @@ def predict(
     *,
     wave_numel: int,
     itemsize: int,
+    wire_itemsize: int = 4,
     sharing: Sharing = _WHOLE,
 ) -> Prediction:
     """Time of one step, from the plan and three rates.
@@ -70,7 +71,8 @@ def predict(
         ownership: Places and owners.
         model: What work and messages cost.
         wave_numel: Most elements that one owner fetches in a wave.
-        itemsize: Bytes of a parameter's element; momentum travels in fp32.
+        itemsize: Bytes of a parameter's element.
+        wire_itemsize: Bytes of an element of momentum or update on its way.
         sharing: Says in what dtype Gram matrices travel.
 
     Returns:
@@ -81,8 +83,8 @@ def predict(
     rounds = ownership.waves(wave_numel)
     waves = 1 + max((wave for wave in rounds if wave is not None), default=-1)
     busiest = max(max(direction) for direction in ownership.traffic())
-    one_way = model.collective(busiest, 4, world_size) if waves else 0.0
-    more_waves = (waves - 1) * model.collective(0, 4, world_size) if waves else 0.0
+    one_way = model.collective(busiest, wire_itemsize, world_size) if waves else 0.0
+    more_waves = (waves - 1) * model.collective(0, wire_itemsize, world_size) if waves else 0.0
     others = (world_size - 1) * layout.shard_numel
     return Prediction(
         compute=max(ownership.loads(model)) / model.flops,
@@ -101,6 +103,7 @@ def choose(
     model: CostModel,
     wave_numel: int,
     itemsize: int,
+    wire_itemsize: int = 4,
     sharing: Sharing = _WHOLE,
 ) -> Ownership:
     """Lay the parameters out as asked, or with "auto" as is predicted to be fastest.
@@ -112,6 +115,7 @@ def choose(
         model: What work and messages cost.
         wave_numel: Most elements that one owner fetches in a wave.
         itemsize: Bytes of a parameter's element.
+        wire_itemsize: Bytes of an element of momentum or update on its way.
         sharing: How far costly matrices may be split; with "auto", where that is predicted to be
             faster.
 
@@ -127,7 +131,14 @@ def choose(
             named.clear()
         named[f'layout="flat" with {len(shared.splits)} split matrices'] = shared
     predicted = {
-        name: predict(each, model, wave_numel=wave_numel, itemsize=itemsize, sharing=sharing)
+        name: predict(
+            each,
+            model,
+            wave_numel=wave_numel,
+            itemsize=itemsize,
+            wire_itemsize=wire_itemsize,
+            sharing=sharing,
+        )
         for name, each in named.items()
     }
     best = min(predicted, key=lambda name: predicted[name].seconds)

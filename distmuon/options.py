@@ -136,6 +136,11 @@ class Policy:
     wire: Wire = "full"
     publish_bytes: int = 0
 
+    @property
+    def wire_itemsize(self) -> int:
+        """Bytes of an element of fp32 momentum on its way, to predict with."""
+        return 2 if self.wire == "bfloat16" else 4
+
     def __post_init__(self) -> None:
         """Check every value."""
         for key, allowed in (

@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--force", action="store_true", help="overwrite the file if it exists")
     add_json_option(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, needs_torch=False)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from the parsed options to an exit code. It imports what it needs inside that fu
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from distmuon.cli import bench, ckpt, doctor, estimate, init, plan, plot, train, verify
+from distmuon.cli.interrupts import INTERRUPTED, leaving_at_once
 from distmuon.cli.output import (
     EXIT_CODES,
-    INTERRUPTED,
     USAGE,
     CommandError,
     print_error,
@@ -74,10 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "distmuon"
     try:
         options, rest = parser.parse_known_args(arguments)
+        if hasattr(options, "overrides"):
+            # argparse takes them in one place only: not behind an option.
+            options.overrides += [each for each in rest if _is_override(each)]
+            rest = [each for each in rest if not _is_override(each)]
         if rest and not getattr(options, "takes_rest", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest
         name = f"distmuon {options.command}"
+        if getattr(options, "needs_torch", True):
+            with leaving_at_once(name):
+                importlib.import_module("torch")
         try:
             code: int = options.run(options)
         except CommandError as error:
@@ -92,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return code
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not text.startswith("-")
 
 
 def _is_told_elsewhere() -> bool:

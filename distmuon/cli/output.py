@@ -20,11 +20,11 @@ from typing import Any, Literal, TextIO
 from distmuon.errors import Entry, with_entry
 from distmuon.pictures.page import Grid
 
-# The exit codes of every command; `distmuon --help` and docs/plan.md say them too.
+# The exit codes of every command, with 130 for Ctrl-C (interrupts.py); `distmuon --help` and
+# docs/plan.md say them too.
 DONE = 0
 BROKEN = 1
 USAGE = 2
-INTERRUPTED = 130
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 what was looked at is wrong, 2 the command was used wrongly, 130 Ctrl-C"

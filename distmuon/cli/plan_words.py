@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from distmuon.cli.output import Column, Table
 from distmuon.forecast.folding import write_ranges
-from distmuon.forecast.forecast import Buffer, Forecast, Row
 from distmuon.units import format_bytes, format_flops, format_time
+
+if TYPE_CHECKING:
+    from distmuon.forecast.forecast import Buffer, Forecast, Row
 
 # More owners than these are counted, not named.
 _OWNERS_NAMED = 4

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -161,7 +164,8 @@ def run_team(team: Team, function: Callable[..., T], *arguments: Any) -> list[T]
         _enter(team, launch.local_rank, "env://", launch.rank)
         return [_call(team, launch.local_rank, function, arguments)]
     message = pickle.dumps((function, arguments))
-    with tempfile.TemporaryDirectory(prefix="distmuon-") as name:
+    # A rank that was killed a moment ago may still be writing.
+    with tempfile.TemporaryDirectory(prefix="distmuon-", ignore_cleanup_errors=True) as name:
         return _run_own(team, message, Path(name))
 
 
@@ -173,7 +177,8 @@ def _run_own(team: Team, message: bytes, folder: Path) -> list[Any]:
     # Importing torch takes seconds: one server does it, and the ranks fork from it. It never
     # computes, so it has no threads and no CUDA context when it forks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "distmuon"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "distmuon.optimizer"])
+    _start_server()
     processes = [
         context.Process(target=_rank_main, args=(team, rank, str(folder), message), daemon=True)
         for rank in range(team.size)
@@ -190,6 +195,18 @@ def _run_own(team: Team, message: bytes, folder: Path) -> list[Any]:
         for process in started:
             process.kill()
             process.join()
+
+
+def _start_server() -> None:
+    """Start the fork server, which Ctrl-C shall not strike: it ends with this process."""
+    # First, as it unblocks the signal where it starts this one.
+    multiprocessing.resource_tracker.ensure_running()
+    # The server inherits the mask, and so do the ranks.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(processes: Sequence[ForkServerProcess], folder: Path, limit_s: float) -> None:
@@ -243,11 +260,15 @@ def _output(folder: Path, rank: int) -> str:
 def _rank_main(team: Team, rank: int, folder: str, message: bytes) -> None:
     place = Path(folder)
     # What ranks print would be mixed; it is shown if one fails.
-    descriptor = os.open(place / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        descriptor = os.open(place / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except FileNotFoundError:
+        os._exit(1)  # The command was interrupted before it knew this process, and is gone.
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its ranks
-    # If the parent is killed outright, nobody else ends this process.
+    # If the parent is killed, or interrupted before it knows this process, nobody else ends it.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.alarm(int(team.limit_s + 2 * _GRACE_S))
     try:
         function, arguments = pickle.loads(message)
@@ -263,6 +284,13 @@ def _rank_main(team: Team, rank: int, folder: str, message: bytes) -> None:
     sys.stderr.flush()
     # Not through the interpreter's exit: threads of a broken group may wait for peers for ever.
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "ranks are started by the command"
+    parent.join()
+    os._exit(1)
 
 
 def _enter(team: Team, local_rank: int, address: str, rank: int) -> None:

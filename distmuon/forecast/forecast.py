@@ -327,6 +327,7 @@ def _buffer(spec: BucketSpec, policy: Policy, model: CostModel) -> Buffer:
             model,
             wave_numel=policy.wave_numel,
             itemsize=itemsize,
+            wire_itemsize=policy.wire_itemsize,
             sharing=policy.sharing,
         )
     others = (world_size - 1) * spec.layout.shard_numel

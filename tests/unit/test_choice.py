@@ -48,6 +48,9 @@ def test_a_prediction_adds_up() -> None:
     busiest = max(map(max, ownership.traffic()))
     assert predicted.exchange == pytest.approx(2 * (2e-6 + busiest * 4 / 1e6))
     assert predicted.waves == 1
+    narrow = predict(ownership, SLOW_NETWORK, wave_numel=2**30, itemsize=2, wire_itemsize=2)
+    assert narrow.exchange == pytest.approx(2 * (2e-6 + busiest * 2 / 1e6))
+    assert narrow.publish == predicted.publish
     more = predict(ownership, SLOW_NETWORK, wave_numel=1, itemsize=2)
     assert more.waves >= predicted.waves
 

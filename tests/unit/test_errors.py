@@ -43,8 +43,11 @@ NAMES_ITS_OWN = (
 )
 # Never seen by a user: a bug, caught at once, or argparse's own wrapping.
 NOT_FOR_USERS = ("AssertionError", "InUseError", "ArgumentTypeError", "SystemExit")
-# The system's own error, which is caught and told with the path.
-WITHIN = {"distmuon/checkpoint/folders.py": ("OSError",)}
+# The system's own error, which is caught and told with the path; and Python's for an unknown name.
+WITHIN = {
+    "distmuon/checkpoint/folders.py": ("OSError",),
+    "distmuon/__init__.py": ("AttributeError",),
+}
 
 
 def built_in(name: str) -> bool:

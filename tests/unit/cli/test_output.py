@@ -13,9 +13,9 @@ import pytest
 from typing_extensions import override
 
 from distmuon.cli import main as command_line
+from distmuon.cli.interrupts import INTERRUPTED
 from distmuon.cli.output import (
     BROKEN,
-    INTERRUPTED,
     USAGE,
     Column,
     CommandError,
