@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Generic, NamedTuple
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from distmuon import companion
 from distmuon.choice import choose
 from distmuon.collectives import Communicator
-from distmuon.companion import find_companion
 from distmuon.cost import default_cost_model
 from distmuon.errors import see
 from distmuon.exchange import Exchange
 from distmuon.layout import Layout, Segment, TensorSpec, flat_layout, read_spec
 from distmuon.options import MATRIX_ALGORITHMS, Algorithm, GroupOptions, Policy
-from distmuon.ownership import Ownership
+from distmuon.ownership import Ownership, keep_whole
 from distmuon.plan import ExchangePlan, build_plan, describe
-from distmuon.row_state import RowLayout, row_shape, rows_at_owners
+from distmuon.row_state import KeptLayout, kept_whole, row_shape, rows_at_owners
 from distmuon.shard import Range, Shard
 from distmuon.split_exchange import SplitExchange
 from distmuon.update_rules import shape_factor
@@ -38,14 +38,32 @@ STATE_NAMES: dict[Algorithm, tuple[str, ...]] = {
 ROW_STATE = ("second_momentum_buffer",)
 
 
-def state_shape(state: str, spec: TensorSpec) -> tuple[int, ...]:
-    """Shape of a parameter's state.
+def state_shapes(algorithm: Algorithm, spec: TensorSpec) -> Mapping[str, tuple[int, ...]]:
+    """What an update rule keeps for one parameter.
 
     Args:
-        state: Its name.
+        algorithm: Of a checked group.
         spec: The parameter, and how it is read.
+
+    Returns:
+        The shape of each state tensor, by name.
     """
-    return row_shape(spec) if state in ROW_STATE else spec.shape
+    if algorithm not in STATE_NAMES:
+        return companion.state_shapes(algorithm, spec.shape)
+    return {
+        name: row_shape(spec) if name in ROW_STATE else spec.shape
+        for name in STATE_NAMES[algorithm]
+    }
+
+
+def is_whole(algorithm: Algorithm) -> bool:
+    """Whether a rule without owners wants every tensor whole at one rank.
+
+    Args:
+        algorithm: Of a checked group.
+    """
+    known = algorithm in STATE_NAMES
+    return not known and companion.find_companion(algorithm).reach == "tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +75,8 @@ class BucketSpec:
         parameters: The parameters.
         groups: Index in `param_groups` of each parameter's group.
         layout: Where the parameters lie.
-        ownership: Who orthogonalizes what; None for elementwise rules.
-        row_places: Where values per row lie; None for rules without.
+        ownership: Who orthogonalizes what; None for other rules than Muon's.
+        kept: Where state lies that does not lie as the parameters do, by its name.
         seed: Of stochastic rounding; None where narrow parameters have an fp32 master, and for
             parameters that are not narrow.
     """
@@ -68,7 +86,7 @@ class BucketSpec:
     groups: tuple[int, ...]
     layout: Layout
     ownership: Ownership | None
-    row_places: RowLayout | None = None
+    kept: Mapping[str, KeptLayout] = field(default_factory=dict)
     seed: int | None = None
 
     @property
@@ -81,16 +99,20 @@ class BucketSpec:
         """Elements of all parameters, without alignment."""
         return sum(spec.numel for spec in self.layout.specs)
 
-    def places(self, state: str) -> Layout | RowLayout:
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the state tensors; where tensors are kept whole, not each has all of them."""
+        if is_whole(self.algorithm):
+            return tuple(self.kept)
+        return tuple(state_shapes(self.algorithm, self.layout.specs[0]))
+
+    def places(self, state: str) -> Layout | KeptLayout:
         """Where a state lies; the fp32 "master" too.
 
         Args:
             state: Its name.
         """
-        if state not in ROW_STATE:
-            return self.layout
-        assert self.row_places is not None, "only rules with values per row have such state"
-        return self.row_places
+        return self.kept.get(state, self.layout)
 
     def lines(self, options: Sequence[GroupOptions]) -> list[str]:
         """What every rank must have alike.
@@ -174,16 +196,6 @@ class Bucket(Generic[RangeT_co]):
         )
 
 
-def state_names(algorithm: Algorithm) -> tuple[str, ...]:
-    """Names of the state tensors of an update rule, each of the parameter's shape.
-
-    Args:
-        algorithm: Of a checked group.
-    """
-    known = STATE_NAMES.get(algorithm)
-    return find_companion(algorithm).state if known is None else known
-
-
 def specify(
     groups: Sequence[Mapping[str, Any]],
     names: Mapping[Tensor, str],
@@ -196,7 +208,8 @@ def specify(
         groups: `param_groups`.
         names: FQN of each parameter.
         world_size: Ranks to cut each buffer over.
-        policy: Says how Muon's buffers are laid out; elementwise rules are always flat.
+        policy: Says how Muon's buffers are laid out; elementwise rules are always flat, and those
+            that look at whole tensors never cut one.
 
     Returns:
         One spec per (algorithm, dtype, device, seed): AdamW's first, then in order of appearance.
@@ -230,11 +243,7 @@ def specify(
                 wire_itemsize=policy.wire_itemsize,
                 sharing=policy.sharing,
             )
-        layout = ownership.parameters if ownership else flat_layout(tensors, world_size)
-        order = ownership.order if ownership else range(len(entries))
-        row_places = None
-        if ownership and set(ROW_STATE) & set(STATE_NAMES[algorithm]):
-            row_places = rows_at_owners(layout, ownership.members, ownership.owners)
+        layout, order = _place(algorithm, tensors, ownership, world_size)
         result.append(
             BucketSpec(
                 algorithm,
@@ -242,7 +251,7 @@ def specify(
                 tuple(entries[i][0] for i in order),
                 layout,
                 ownership,
-                row_places,
+                _keep(algorithm, layout, ownership),
                 seed,
             )
         )
@@ -285,6 +294,34 @@ def rounding_seed(group: Mapping[str, Any], parameter: Tensor, name: str) -> int
     return seed
 
 
+def _place(
+    algorithm: Algorithm,
+    tensors: Sequence[TensorSpec],
+    ownership: Ownership | None,
+    world_size: int,
+) -> tuple[Layout, Sequence[int]]:
+    """The layout of a bucket, and the index in `tensors` of each of its parameters."""
+    if ownership is not None:
+        return ownership.parameters, ownership.order
+    if is_whole(algorithm):
+        return keep_whole(tensors, world_size)
+    return flat_layout(tensors, world_size), range(len(tensors))
+
+
+def _keep(
+    algorithm: Algorithm, layout: Layout, ownership: Ownership | None
+) -> dict[str, KeptLayout]:
+    """Places of the state that does not lie as the parameters do."""
+    if ownership is not None:
+        rows = set(ROW_STATE) & set(STATE_NAMES[algorithm])
+        return {name: rows_at_owners(layout, ownership.members, ownership.owners) for name in rows}
+    if not is_whole(algorithm):
+        return {}
+    shapes = [state_shapes(algorithm, spec) for spec in layout.specs]
+    names = dict.fromkeys(name for each in shapes for name in each)
+    return {name: kept_whole(layout, [each.get(name) for each in shapes]) for name in names}
+
+
 def _name(names: Mapping[Tensor, str], parameter: Tensor, index: int) -> str:
     if parameter not in names:
         raise ValueError(
@@ -312,7 +349,7 @@ def open_bucket(spec: BucketSpec, communicator: Communicator, policy: Policy) ->
         The bucket, its state zero.
     """
     rank = communicator.rank
-    state = {name: spec.places(name).shard_numel for name in state_names(spec.algorithm)}
+    state = {name: spec.places(name).shard_numel for name in spec.states}
     shard = Shard(spec.layout, rank, spec.parameters, state, seed=spec.seed)
     plan = spec.plan(rank, policy.wave_numel, policy.part_numel)
     if plan is None:

@@ -1,15 +1,17 @@
-"""Any elementwise optimizer class as the update rule of the parameters that Muon does not take.
+"""Any optimizer class as the update rule of the parameters that Muon does not take.
 
 A group names it in its `algorithm`: "torch.optim.SGD(momentum=0.9)", a class by its module and the
-options that are not the group's own. The rule is applied to runs of a flat buffer, so it must treat
-every element alike, wherever a tensor starts and ends. That is not taken on trust: a class is tried
-on a small tensor, whole and element by element, before it is used.
+options that are not the group's own. Most treat every element alike; they are applied to runs of a
+flat buffer, wherever a tensor starts and ends. Others look at whole tensors: norms, factored second
+moments, preconditioners. Their parameters lie whole at one rank each. Which kind a class is, is not
+taken on trust: it is tried on small tensors, in the way that it would be used.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 
 from distmuon.errors import see
 
-# Sizes that clipping by a norm, or a ratio of norms, would treat unlike.
-_VALUES = (0.5, -2.0, 3.0, 0.01, -0.7, 8.0)
-_GRADS = (0.3, -5.0, 0.02, 1.0, -0.4, 40.0)
+Counter = Literal["tensor", "number", "group", "none"]
+Reach = Literal["element", "tensor"]
+Shape = tuple[int, ...]
+
+# What is tried. The last is past 4096 elements, from where on some keep their state in blocks.
+_SHAPES: tuple[Shape, ...] = ((2, 3), (5,), (1,), (3, 2, 4), (64, 65))
 _STEPS = 3
 
 
@@ -34,16 +39,18 @@ class Companion:
         algorithm: What a group calls it.
         cls: The class.
         options: What it is told beside learning rate and weight decay.
-        state: Names of its state tensors, each of the parameter's shape.
+        reach: What it looks at: single elements, or whole tensors.
         counter: Where it counts its steps: in the parameter's state, as a tensor or a number; in
             its group; or not at all.
+        elementwise: Names of the state that has the parameter's shape; all there is for "element".
     """
 
     algorithm: str
     cls: Callable[..., torch.optim.Optimizer]
     options: Mapping[str, Any]
-    state: tuple[str, ...]
-    counter: Literal["tensor", "number", "group", "none"]
+    reach: Reach
+    counter: Counter
+    elementwise: tuple[str, ...]
 
     def update_(
         self,
@@ -55,33 +62,40 @@ class Companion:
         lr: float,
         weight_decay: float,
     ) -> None:
-        """One step on any run of a flat buffer.
+        """One step on any run of a flat buffer, or on a whole tensor.
 
         Args:
-            param: [n]; updated in place.
-            grad: [n], same dtype.
-            state: [n] each, by name; updated in place.
+            param: [n] of any tensors, or one tensor in its shape; updated in place.
+            grad: Same shape and dtype.
+            state: As `state_shapes` says, by name; updated in place.
             step: Number of this step, from 1.
             lr: Learning rate.
             weight_decay: As the class takes it: decoupled, or added to the gradient.
+
+        Raises:
+            ValueError: if it keeps other state than when it was tried.
         """
         parameter = nn.Parameter(param)
         parameter.grad = grad
         optimizer = self.cls([parameter], lr=lr, weight_decay=weight_decay, **self.options)
-        (group,) = optimizer.param_groups
         if step > 1:  # at the first one the class fills in what it starts from
-            optimizer.state[parameter].update(state)
-            count = step - 1
+            kept, count = optimizer.state[parameter], step - 1
+            kept.update(state)
             if self.counter == "group":
-                group["step"] = count
+                optimizer.param_groups[0]["step"] = count
             elif self.counter != "none":
-                tensor = self.counter == "tensor"
-                optimizer.state[parameter]["step"] = torch.tensor(float(count)) if tensor else count
+                kept["step"] = torch.tensor(float(count)) if self.counter == "tensor" else count
         optimizer.step()
-        for name, target in state.items():
-            made = optimizer.state[parameter].get(name)
-            if made is not None and made is not target:
-                target.copy_(made)
+        found = _tensors(optimizer, parameter)
+        known = {name: each.shape for name, each in state.items()}
+        if any(known.get(name) != each.shape for name, each in found.items()):
+            raise ValueError(
+                f"{self.algorithm} keeps {_say(found)} for a tensor of shape {list(param.shape)}, "
+                f"where {_say(state)} was foreseen. Take another class." + see("bad-group")
+            )
+        for name, each in found.items():
+            if each is not state[name]:
+                state[name].copy_(each)
 
 
 @cache
@@ -119,22 +133,59 @@ def find_companion(algorithm: str) -> Companion:
             f"Invalid algorithm={algorithm!r}. Set {sorted(taken)} in the group." + see("bad-group")
         )
     try:
-        whole, optimizer = _try(cls, options, [nn.Parameter(torch.tensor(_VALUES).view(2, 3))])
-        single = [nn.Parameter(torch.tensor([value])) for value in _VALUES]
-        apart, _ = _try(cls, options, single)
+        wanted, optimizer = _together(cls, options)
     except Exception as error:
         raise ValueError(
             f"Invalid algorithm={algorithm!r}. It failed on a small tensor: "
             f"{type(error).__name__}: {error}." + see("bad-group")
         ) from error
-    if not torch.allclose(whole, apart, rtol=1e-4, atol=1e-6):
+    together = _kept_together(cls, options, optimizer)
+    if together:
         raise ValueError(
-            f"Invalid algorithm={algorithm!r}. {name} looks at whole tensors: its step on a tensor "
-            "is not its step on the elements, and a sharded tensor is cut anywhere. Take an "
-            "elementwise class, or give these parameters to an optimizer of their own."
-            + see("bad-group")
+            f"Invalid algorithm={algorithm!r}. {name} keeps {together} for all tensors together, "
+            "which a rank with some of them cannot know. Give these parameters to an optimizer "
+            "of their own." + see("bad-group")
         )
-    return Companion(algorithm, cls, options, *_read_state(algorithm, optimizer))
+    counter, elementwise = _counter(optimizer), _elementwise(optimizer)
+    for reach in ("element", "tensor"):
+        companion = Companion(algorithm, cls, options, reach, counter, elementwise)
+        if _agrees(companion, wanted):
+            return companion
+    raise ValueError(
+        f"Invalid algorithm={algorithm!r}. {name} cannot be sharded: its step on one tensor, with "
+        "nothing but the tensors of its state, is not the step that it makes beside others. It "
+        "looks at all of them together, or keeps more than tensors. Give these parameters to an "
+        "optimizer of their own." + see("bad-group")
+    )
+
+
+@cache
+def state_shapes(algorithm: str, shape: Shape) -> Mapping[str, Shape]:
+    """What a class keeps for one parameter; nothing is computed or allocated.
+
+    Args:
+        algorithm: What a group calls it.
+        shape: The parameter's.
+
+    Returns:
+        The shape of each state tensor, by name.
+
+    Raises:
+        ValueError: as `find_companion`.
+    """
+    return _foresee(find_companion(algorithm), shape)
+
+
+def _foresee(companion: Companion, shape: Shape) -> Mapping[str, Shape]:
+    if companion.reach == "element":
+        return dict.fromkeys(companion.elementwise, shape)
+    parameter = nn.Parameter(torch.empty(shape, device="meta"))
+    parameter.grad = torch.empty(shape, device="meta")
+    optimizer = companion.cls([parameter], lr=0.1, weight_decay=0.01, **companion.options)
+    # State is made first; then the arithmetic may ask for values, of which there are none.
+    with suppress(Exception), torch.no_grad():
+        optimizer.step()
+    return {name: tuple(each.shape) for name, each in _tensors(optimizer, parameter).items()}
 
 
 def _parse(algorithm: str) -> tuple[str, dict[str, Any]]:
@@ -158,40 +209,88 @@ def _parse(algorithm: str) -> tuple[str, dict[str, Any]]:
     return ast.unparse(call.func), {str(key): value for key, value in options.items()}
 
 
-def _try(
-    cls: Callable[..., torch.optim.Optimizer],
-    options: Mapping[str, Any],
-    parameters: list[nn.Parameter],
-) -> tuple[Tensor, torch.optim.Optimizer]:
-    """Values after a few steps, in one row, and the optimizer."""
+def _values(seed: int) -> list[Tensor]:
+    """One tensor of each shape, with sizes that a norm, or a ratio of norms, would treat unlike."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, generator=generator) * 10 ** torch.randn(shape, generator=generator)
+        for shape in _SHAPES
+    ]
+
+
+def _together(
+    cls: Callable[..., torch.optim.Optimizer], options: Mapping[str, Any]
+) -> tuple[list[Tensor], torch.optim.Optimizer]:
+    """Values after a few steps as the class is meant to be used, and the optimizer."""
+    parameters = [nn.Parameter(value) for value in _values(0)]
     optimizer = cls(parameters, lr=0.1, weight_decay=0.01, **options)
-    for step in range(_STEPS):
-        grads = torch.tensor(_GRADS).roll(step)
-        for parameter, grad in zip(
-            parameters, torch.split(grads, parameters[0].numel()), strict=True
-        ):
-            parameter.grad = grad.view(parameter.shape).clone()
+    for step in range(1, _STEPS + 1):
+        for parameter, grad in zip(parameters, _values(step), strict=True):
+            parameter.grad = grad
         with torch.no_grad():
             optimizer.step()
-    return torch.cat([p.detach().reshape(-1) for p in parameters]), optimizer
+    return [parameter.detach() for parameter in parameters], optimizer
 
 
-def _read_state(
-    algorithm: str, optimizer: torch.optim.Optimizer
-) -> tuple[tuple[str, ...], Literal["tensor", "number", "group", "none"]]:
-    (parameter,) = optimizer.param_groups[0]["params"]
-    names: list[str] = []
-    counter: Literal["tensor", "number", "group", "none"] = "none"
-    if "step" in optimizer.param_groups[0]:
-        counter = "group"
-    for name, value in optimizer.state[parameter].items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            names.append(name)
-        elif name == "step" and value == _STEPS:
-            counter = "tensor" if isinstance(value, Tensor) else "number"
-        elif value is not None:
-            raise ValueError(
-                f"Invalid {algorithm=}. It keeps {name!r} for each tensor, which a piece of a "
-                "tensor cannot have. Take another class." + see("bad-group")
-            )
-    return tuple(names), counter
+def _kept_together(
+    cls: Callable[..., torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+) -> list[str]:
+    """What steps have changed in the group, the count of them aside."""
+    fresh = cls([nn.Parameter(torch.zeros(1))], lr=0.1, weight_decay=0.01, **options)
+    (before,), (after,) = fresh.param_groups, optimizer.param_groups
+    return sorted(
+        key for key in after.keys() - {"params", "step"} if str(after[key]) != str(before.get(key))
+    )
+
+
+def _agrees(companion: Companion, wanted: Sequence[Tensor]) -> bool:
+    """Whether the same steps, made in pieces or tensor by tensor, end at the same values."""
+    for index, expected in enumerate(wanted):
+        rows = [_values(step)[index] for step in range(_STEPS + 1)]
+        if companion.reach == "element":  # the elements of small ones, the large one in runs
+            numel = expected.numel()
+            sizes = [1] * numel if numel < 10 else [7, numel // 2, numel - numel // 2 - 7]
+            rows = [row.reshape(-1) for row in rows]
+            pieces = list(zip(*(torch.split(row, sizes) for row in rows), strict=True))
+        else:
+            pieces = [tuple(rows)]
+        try:
+            found = torch.cat([_alone(companion, *piece).reshape(-1) for piece in pieces])
+        except Exception:
+            return False
+        if not torch.allclose(found, expected.reshape(-1), rtol=1e-4, atol=1e-6):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _alone(companion: Companion, param: Tensor, *grads: Tensor) -> Tensor:
+    state = {name: torch.zeros(shape) for name, shape in _foresee(companion, param.shape).items()}
+    for step, grad in enumerate(grads, 1):
+        companion.update_(param, grad, state, step=step, lr=0.1, weight_decay=0.01)
+    return param
+
+
+def _counter(optimizer: torch.optim.Optimizer) -> Counter:
+    (group,) = optimizer.param_groups
+    count = optimizer.state[group["params"][0]].get("step")
+    if count is not None and count == _STEPS:
+        return "tensor" if isinstance(count, Tensor) else "number"
+    return "group" if "step" in group else "none"
+
+
+def _elementwise(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    first = optimizer.param_groups[0]["params"][0]
+    tensors = _tensors(optimizer, first)
+    return tuple(name for name, each in tensors.items() if each.shape == first.shape)
+
+
+def _tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state[parameter]
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
+
+
+def _say(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(each.shape)}" for name, each in state.items()) or "nothing"

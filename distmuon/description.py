@@ -28,7 +28,7 @@ def outline(group: Mapping[str, Any]) -> str:
     reading += "" if blocks is None else f" in blocks {tuple(blocks)}"
     seed = group.get("stochastic_rounding")
     rounding = "" if seed is None else f" rounded with seed {seed}"
-    return f"{len(group['params'])}{reading}{rounding}"
+    return f"{len(group['params'])} {group['algorithm']}{reading}{rounding}"
 
 
 def describe_setup(

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_not
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from distmuon import agreement
 from distmuon.buckets import BucketSpec, open_bucket, refuse_shared_storage
 from distmuon.clipping import Clipper, Factors
 from distmuon.collectives import Communicator, Pending
+from distmuon.companion_step import companion_step
 from distmuon.description import describe_setup, outline
 from distmuon.desync import check_desync
 from distmuon.diagnostics import Diagnostics
@@ -28,7 +30,7 @@ from distmuon.phases import make_clock
 from distmuon.publication import Publication
 from distmuon.qk_clip import QKClip
 from distmuon.relayout import carry_state
-from distmuon.steps import adamw_step, check_splits, companion_step, muon_step
+from distmuon.steps import adamw_step, check_splits, muon_step
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class Engine:
         self._weights_unchecked = True
         self._inspected = False  # whether a GradScaler has looked at the averaged gradients
         self._outlines = [outline(group) for group in groups]
+        self._members = [tuple(group["params"]) for group in groups]
         communicator.step = 1
         self.clock = make_clock(policy.profile, self.buckets[0].shard.master.device)
         communicator.clock = self.clock
@@ -250,9 +253,15 @@ class Engine:
             raise RuntimeError(
                 f"The groups have [{', '.join(outlines)}] parameters now, and "
                 f"[{', '.join(self._outlines)}] when they were laid out over the ranks. Call "
-                "refresh() on every rank after add_param_group(), or a change of blocks or axes."
-                + see("changed-parameters")
+                "refresh() on every rank after add_param_group(), or a change of algorithm, blocks "
+                "or axes." + see("changed-parameters")
             )
+        for index, (group, known) in enumerate(zip(groups, self._members, strict=True)):
+            if any(map(is_not, group["params"], known)):
+                raise RuntimeError(
+                    f"Group {index} has other parameters than when they were laid out over the "
+                    "ranks. Call refresh() on every rank." + see("changed-parameters")
+                )
 
     def unscale(self, factor: float) -> bool:
         """Multiply the averaged gradients, and look for a NaN or an infinity. A collective.

@@ -20,10 +20,10 @@ from distmuon.splits import Sharing, SplitDtype
 from distmuon.structure import Axes, Blocks, read_blocks
 from distmuon.update_rules import AdjustLrFn, DecayRule, adjust_lr_factor
 
-# One of those below, or the name of an elementwise optimizer class: companion.py.
+# One of those below, or the name of an optimizer class: companion.py.
 Algorithm = str
 ALGORITHMS: tuple[Algorithm, ...] = ("muon", "normuon", "adamw")
-# Those that need whole matrices, and so owners; the others are elementwise.
+# Those that orthogonalize matrices, which have owners; the others are elementwise, or classes.
 MATRIX_ALGORITHMS: tuple[Algorithm, ...] = ("muon", "normuon")
 Reduce = Literal["ddp", "hook", "owned"]
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -50,7 +50,7 @@ class GroupOptions:
     """What the update rules read from a parameter group; names as in torch.optim.
 
     Attributes:
-        algorithm: "muon", "normuon", "adamw", or an elementwise optimizer class.
+        algorithm: "muon", "normuon", "adamw", or an optimizer class.
         lr: Learning rate.
         weight_decay: Decoupled decay per unit of lr.
         momentum: Decay of Muon's and NorMuon's momentum average.
@@ -247,6 +247,13 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         raise TypeError(
             f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
         )
+    more = read_more(group, index)
+    if algorithm not in ALGORITHMS and more["decay_rule"] != "decoupled":
+        raise ValueError(
+            f"Invalid decay_rule={more['decay_rule']!r} in group {index}: {algorithm} decays its "
+            'parameters by itself. Set decay_rule="decoupled" in this group, or algorithm="adamw".'
+            + see("bad-option")
+        )
     eps = _number(group, "eps", index)
     if algorithm == "normuon" and eps == 0:
         raise ValueError(
@@ -270,7 +277,7 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
             _number({"betas[1]": betas[1]}, "betas[1]", index, below=1.0),
         ),
         eps=eps,
-        **read_more(group, index),
+        **more,
     )
 
 
@@ -280,8 +287,7 @@ def _check_algorithm(algorithm: object, index: int) -> None:
     if not isinstance(algorithm, str) or "." not in algorithm:
         raise ValueError(
             f"Invalid {algorithm=} in group {index}. Must be one of {ALGORITHMS}, or an "
-            'elementwise optimizer class such as "torch.optim.SGD(momentum=0.9)".'
-            + see("bad-group")
+            'optimizer class such as "torch.optim.SGD(momentum=0.9)".' + see("bad-group")
         )
     try:
         find_companion(algorithm)

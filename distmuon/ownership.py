@@ -284,6 +284,21 @@ def _settle(
     return _Settled(best.objective(model.price), ownership)
 
 
+def keep_whole(specs: Sequence[TensorSpec], world_size: int) -> tuple[Layout, list[int]]:
+    """Lay tensors out so that none is cut and the fullest rank has as little as can be.
+
+    Args:
+        specs: The tensors in the caller's order.
+        world_size: Number of ranks.
+
+    Returns:
+        The layout, its shards padded to the fullest, and the caller's index of each of its tensors.
+    """
+    bins = balance([spec.numel for spec in specs], world_size)
+    layout = aligned_layout([[specs[i] for i in members] for members in bins])
+    return layout, [i for members in bins for i in members]
+
+
 def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:
     """Longest-processing-time assignment of items to bins.
 

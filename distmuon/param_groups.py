@@ -70,8 +70,8 @@ def build_param_groups(  # noqa: PLR0913 - a keyword for each choice that users 
         overrides: As for `route`, like the two that follow.
         blocks: Where fused matrices are cut.
         axes: How matrices are stored.
-        companion: The algorithm of all that does not go to Muon: "adamw", or an elementwise
-            optimizer class such as "torch.optim.SGD(momentum=0.9)".
+        companion: The algorithm of all that does not go to Muon: "adamw", or an
+            optimizer class such as "torch.optim.SGD(momentum=0.9)" (docs/companions.md).
         matrices: Update rule of what is routed to Muon: "muon", or its variant "normuon".
         adam_lr: Learning rate of AdamW's groups; None: the optimizer's, like Muon's.
 

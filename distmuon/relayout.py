@@ -90,6 +90,7 @@ def carry_state(
                 for index, old, place in kept
                 if name in old.shard.tensors
                 and old.spec.places(name).specs[place].shape == new.specs[index].shape
+                and new.specs[index].numel
                 for move in plan_moves(old.spec.places(name).holders(place), new.holders(index))
             ]
             _carry(name, tensor, moves, communicator, Topic("refresh", None, bucket.spec.names))

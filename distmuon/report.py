@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from distmuon.buckets import BucketSpec
+from distmuon.buckets import BucketSpec, is_whole
 from distmuon.collectives import Communicator
 from distmuon.cost import default_cost_model
 from distmuon.diagnostics import Diagnostics
@@ -49,6 +49,8 @@ class Report:
         diagnostics: Of the last step that was measured (diagnostics_every), over all ranks.
         muon_parameters: Elements updated by Muon in the whole model.
         adamw_parameters: Elements updated by AdamW, or the class in its place, in the whole model.
+        whole: For each optimizer class that looks at whole tensors, which are therefore not cut,
+            the elements of the fullest rank over the mean; every rank's shard is as long as that.
     """
 
     steps: int
@@ -68,6 +70,7 @@ class Report:
     diagnostics: Diagnostics | None
     muon_parameters: int
     adamw_parameters: int
+    whole: Mapping[str, float] = field(default_factory=dict)
 
     @override
     def __str__(self) -> str:
@@ -80,6 +83,10 @@ class Report:
             f"{format_flops(self.newton_schulz_flops)}; "
             f"{self.muon_parameters:,} elements by Muon, {self.adamw_parameters:,} by AdamW; "
             f"state {self.state_bytes:,} bytes; bytes sent per step: {sent or 'none'}"
+            + "".join(
+                f"; {name} keeps tensors whole, {ratio:.2f} times the mean on the fullest rank"
+                for name, ratio in self.whole.items()
+            )
         )
 
 
@@ -98,6 +105,7 @@ def make_report(
     """
     muon = [spec for spec in specs if spec.ownership is not None]
     counts = [spec.ownership.counts() for spec in muon if spec.ownership]
+    whole = sorted({spec.algorithm for spec in specs if is_whole(spec.algorithm)})
     return Report(
         steps=engine.steps if engine else 0,
         skipped=engine.skipped if engine else 0,
@@ -116,7 +124,14 @@ def make_report(
         diagnostics=engine.diagnostics if engine else None,
         muon_parameters=sum(spec.numel for spec in muon),
         adamw_parameters=sum(spec.numel for spec in specs if spec.ownership is None),
+        whole={name: _unevenness(specs, name) for name in whole},
     )
+
+
+def _unevenness(specs: Sequence[BucketSpec], algorithm: str) -> float:
+    """Elements that every rank has room for, over the mean of those that ranks have."""
+    mine = [spec for spec in specs if spec.algorithm == algorithm]
+    return sum(spec.layout.numel for spec in mine) / sum(spec.numel for spec in mine)
 
 
 def planned_loads(ownerships: Iterable[Ownership]) -> tuple[int, ...]:

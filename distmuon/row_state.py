@@ -1,10 +1,11 @@
-"""One value per row of every matrix, kept by the matrix's owner. Integers only.
+"""State that a matrix's owner, or a tensor's, keeps: one value per row, or any. Integers only.
 
 A row stands for an output: a matrix that is stored [in, out] has one value per column instead.
 NorMuon's second moment belongs to whole rows of an orthogonalized matrix, and its result is scaled
 by a norm over all of them: only the owner has these, whatever the layout. So the owner keeps the
 moment too, and it never travels. What the ranks keep differs with what they own; every rank has a
-buffer as long as the fullest, 1/n of the momentum for matrices with n columns.
+buffer as long as the fullest, 1/n of the momentum for matrices with n columns. Optimizer classes
+that look at whole tensors keep state of any shape at the rank that has the tensor.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distmuon.errors import see
-from distmuon.layout import Layout, Segment, TensorSpec
+from distmuon.layout import Layout, Segment, TensorSpec, align
 
 
 @dataclass(frozen=True, slots=True)
-class RowLayout:
-    """Where each row's value lies.
+class KeptLayout:
+    """Where each value that an owner keeps lies.
 
     It answers what a `Layout` does, so that either kind of state is saved, loaded and moved alike;
     but a rank may hold several ranges of one stack's values, one behind the other in its shard.
 
     Attributes:
-        specs: For each parameter its name and the shape of its values, from `row_shape`.
+        specs: For each parameter its name and the shape of its values; [0] if it has none.
         world_size: Number of shards.
         shard_numel: Values per shard, the same for every rank.
-        starts: For each matrix the offset of its values in its owner's shard.
+        starts: For each matrix, or tensor, the offset of its values in its owner's shard.
         pieces: For each parameter its ranges, in order; together they cover it exactly once.
     """
 
@@ -81,7 +82,7 @@ def refuse_cut_rows(spec: TensorSpec, algorithm: str) -> None:
         )
 
 
-def rows_at_owners(parameters: Layout, members: Sequence[int], owners: Sequence[int]) -> RowLayout:
+def rows_at_owners(parameters: Layout, members: Sequence[int], owners: Sequence[int]) -> KeptLayout:
     """Give every rank the values of the matrices that it owns, in flat order.
 
     Args:
@@ -109,6 +110,31 @@ def rows_at_owners(parameters: Layout, members: Sequence[int], owners: Sequence[
             before.append(Segment(member, owner, start, filled[owner], rows))
         filled[owner] += rows
     specs = tuple(TensorSpec(spec.name, row_shape(spec)) for spec in parameters.specs)
-    return RowLayout(
+    return KeptLayout(
         specs, parameters.world_size, max(filled), tuple(starts), tuple(map(tuple, pieces))
+    )
+
+
+def kept_whole(parameters: Layout, shapes: Sequence[tuple[int, ...] | None]) -> KeptLayout:
+    """Give every rank the values of the tensors that it holds, in flat order.
+
+    Args:
+        parameters: Where the parameters lie, none of them cut.
+        shapes: Of each parameter's values; None for one that has none.
+
+    Returns:
+        The places.
+    """
+    filled = [0] * parameters.world_size
+    specs, starts, pieces = [], list[int](), list[tuple[Segment, ...]]()
+    for index, (spec, shape) in enumerate(zip(parameters.specs, shapes, strict=True)):
+        values = TensorSpec(spec.name, (0,) if shape is None else shape)
+        owner = parameters.span(index)[0]
+        start, numel = filled[owner], values.numel
+        specs.append(values)
+        starts.append(start)
+        pieces.append((Segment(index, owner, 0, start, numel),) if numel else ())
+        filled[owner] += align(numel)
+    return KeptLayout(
+        tuple(specs), parameters.world_size, max(filled), tuple(starts), tuple(pieces)
     )

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from distmuon.buckets import Bucket, BucketSpec, state_names
+from distmuon.buckets import Bucket, BucketSpec
 from distmuon.collectives import Communicator
 from distmuon.dcp import StateHandle, describe_ranges
 from distmuon.errors import see
@@ -288,8 +288,7 @@ class StateKeeper:
     def _differs(self, specs: Sequence[BucketSpec]) -> bool:
         here = [part.spec for part in self._parts()]
         places = [
-            [(spec.algorithm, spec.layout, spec.row_places) for spec in some]
-            for some in (here, specs)
+            [(spec.algorithm, spec.layout, spec.kept) for spec in some] for some in (here, specs)
         ]
         return places[0] != places[1]
 
@@ -364,7 +363,7 @@ def _check_entries(spec: BucketSpec, rank: int, saved: Mapping[Tensor, Any]) -> 
                 + see("state-mismatch")
             )
         _check_step(name, entry.get("step", 0))
-    for key in (*state_names(spec.algorithm), "master"):
+    for key in (*spec.states, "master"):
         for row in rows(spec, rank, key):
             if key in saved[row.parameter]:
                 _check_tensor(row, key, saved[row.parameter][key])

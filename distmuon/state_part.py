@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distmuon.buckets import BucketSpec, state_names
+from distmuon.buckets import BucketSpec, state_shapes
 from distmuon.collectives import Communicator
 from distmuon.dcp import StateHandle
 from distmuon.layout import Layout, Segment, TensorSpec
 from distmuon.options import MATRIX_ALGORITHMS, Algorithm
-from distmuon.row_state import RowLayout
+from distmuon.row_state import KeptLayout
 
 StateByParameter = dict[Tensor, dict[str, Any]]
 
@@ -57,12 +57,12 @@ class StatePart:
     tensors: dict[str, Tensor]
 
     def rows(self, state: str) -> Iterator[Row]:
-        """Every parameter of the bucket, those that this rank holds nothing of included."""
+        """Every parameter that has such state, those that this rank holds nothing of included."""
         return rows(self.spec, self.rank, state)
 
 
 def rows(spec: BucketSpec, rank: int, state: str) -> Iterator[Row]:
-    """Every parameter of a bucket with what one rank holds of a state.
+    """Every parameter of a bucket that has a state, with what one rank holds of it.
 
     Args:
         spec: The bucket.
@@ -77,6 +77,8 @@ def rows(spec: BucketSpec, rank: int, state: str) -> Iterator[Row]:
     for segment in places.segments(rank):
         held[segment.tensor].append(segment)
     for index, (parameter, tensor) in enumerate(zip(spec.parameters, places.specs, strict=True)):
+        if not tensor.numel:
+            continue
         pieces = held[index]
         ranges = tuple(range(p.tensor_start, p.tensor_start + p.numel) for p in pieces)
         where = slice(0, 0)
@@ -102,7 +104,8 @@ def wanted_state(
     wide = torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype
     rounded = seed is not None and not wide
     counts = () if algorithm in MATRIX_ALGORITHMS and not rounded else ("step",)
-    return (*counts, *state_names(algorithm), *(() if wide or rounded else ("master",)))
+    names = state_shapes(algorithm, TensorSpec("", tuple(parameter.shape)))
+    return (*counts, *names, *(() if wide or rounded else ("master",)))
 
 
 def new_part(spec: BucketSpec, rank: int) -> StatePart:
@@ -117,7 +120,7 @@ def new_part(spec: BucketSpec, rank: int) -> StatePart:
     """
     first = spec.parameters[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
-    names = [n for n in wanted_state(spec.algorithm, first, spec.seed) if n != "step"]
+    names = _tensor_names(spec)
     tensors = {
         name: torch.zeros(spec.places(name).shard_numel, dtype=dtype, device=first.device)
         for name in names
@@ -171,11 +174,10 @@ def handles(part: StatePart) -> StateByParameter:
         depends on it.
     """
     result: StateByParameter = {parameter: {} for parameter in part.spec.parameters}
-    for name in wanted_state(part.spec.algorithm, part.spec.parameters[0], part.spec.seed):
-        if name == "step":
-            for parameter, step in zip(part.spec.parameters, part.steps, strict=True):
-                result[parameter][name] = torch.tensor(float(step))
-            continue
+    for parameter, step in zip(part.spec.parameters, part.steps, strict=True):
+        if "step" in wanted_state(part.spec.algorithm, parameter, part.spec.seed):
+            result[parameter]["step"] = torch.tensor(float(step))
+    for name in _tensor_names(part.spec):
         for row in part.rows(name):
             label, local = f"{name} of {row.tensor.name}", part.tensors[name][row.where]
             handle = StateHandle(label, row.tensor.shape, row.ranges, local)
@@ -201,6 +203,11 @@ def fill(part: StatePart, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
                 tensor[row.where].zero_()
 
 
+def _tensor_names(spec: BucketSpec) -> tuple[str, ...]:
+    wide = "master" not in wanted_state(spec.algorithm, spec.parameters[0], spec.seed)
+    return spec.states if wide else (*spec.states, "master")
+
+
 def _copy_slice(row: Row, value: Tensor, target: Tensor) -> None:
     if isinstance(value, StateHandle):
         target[row.where].copy_(value.local)
@@ -214,13 +221,17 @@ def _copy_slice(row: Row, value: Tensor, target: Tensor) -> None:
 def _by_parameter(part: StatePart, flat: Mapping[str, Tensor]) -> StateByParameter:
     spec, result = part.spec, dict[Tensor, dict[str, Any]]()
     for index, (parameter, step) in enumerate(zip(spec.parameters, part.steps, strict=True)):
-        whole = {name: _whole(spec.places(name), index, each) for name, each in flat.items()}
+        whole = {
+            name: _whole(spec.places(name), index, each)
+            for name, each in flat.items()
+            if spec.places(name).specs[index].numel
+        }
         counted = "step" in wanted_state(spec.algorithm, parameter, spec.seed)
         result[parameter] = {"step": step, **whole} if counted else whole
     return result
 
 
-def _whole(places: Layout | RowLayout, index: int, flat: Tensor) -> Tensor:
+def _whole(places: Layout | KeptLayout, index: int, flat: Tensor) -> Tensor:
     """One parameter's state out of all ranks' shards, end to end: a view where it is one piece."""
     spec = places.specs[index]
     starts = [(p.rank * places.shard_numel + p.shard_start, p.numel) for p in places.holders(index)]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from distmuon import update_rules
 from distmuon.buckets import Bucket
-from distmuon.companion import find_companion
 from distmuon.diagnostics import Probe
 from distmuon.errors import see
 from distmuon.layout import TensorSpec
@@ -149,35 +148,6 @@ def adamw_step(
             )
 
 
-def companion_step(
-    bucket: Bucket[Range],
-    grad: Tensor,
-    present: Sequence[bool],
-    options: Sequence[GroupOptions],
-    clock: PhaseClock,
-) -> None:
-    """Update this rank's range of a bucket by an optimizer class.
-
-    Args:
-        bucket: The buffers.
-        grad: [shard_numel], this rank's averaged gradients; the class may overwrite it.
-        present: For each parameter whether it has a gradient; equal on all ranks.
-        options: Of each parameter group.
-        clock: Times it.
-    """
-    shard, companion = bucket.shard, find_companion(bucket.spec.algorithm)
-    with clock("companion"):
-        for group, step, start, stop in shard.begin_step(present, bucket.spec.groups):
-            companion.update_(
-                shard.master[start:stop],
-                grad[start:stop],
-                {name: tensor[start:stop] for name, tensor in shard.state.items()},
-                step=step,
-                lr=options[group].lr,
-                weight_decay=options[group].weight_decay,
-            )
-
-
 def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
     """The same runs, on CPUs in pieces that fit into a cache."""
     if device.type != "cpu":
@@ -226,18 +196,17 @@ def _orthogonal_updates(
 def _stackable(bucket: Bucket[Range], spec: TensorSpec, options: GroupOptions) -> bool:
     """Whether all that is done to a matrix can be done to a stack of them at once."""
     alone = options.adjust_lr_fn == "update_rms" or options.max_update_rms is not None
-    return spec.blocks is None and bucket.spec.row_places is None and not alone
+    return spec.blocks is None and not bucket.spec.kept and not alone
 
 
 def _row_state(bucket: Bucket[Range], matrix: int) -> Tensor | None:
     """The second moment [m, 1] of an owned matrix, or [1, n]; None for rules without."""
-    places, ownership = bucket.spec.row_places, bucket.spec.ownership
-    if places is None or ownership is None:
+    name, ownership = "second_momentum_buffer", bucket.spec.ownership
+    if name not in bucket.spec.kept or ownership is None:
         return None
     shape = row_shape(ownership.layout.specs[matrix])
-    start = places.starts[matrix]
-    state = bucket.shard.state["second_momentum_buffer"]
-    return state[start : start + math.prod(shape)].view(shape)
+    start = bucket.spec.kept[name].starts[matrix]
+    return bucket.shard.state[name][start : start + math.prod(shape)].view(shape)
 
 
 def _update(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import Bucket, state_shape
+from distmuon.buckets import Bucket, state_shapes
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import dtype_name
 from distmuon.checkpoint.manifest import ParameterEntry, TensorEntry
@@ -176,8 +176,10 @@ def expected_state(optimizer: Muon) -> dict[str, TensorEntry]:
             name = optimizer.parameter_names[parameter]
             wide = torch.promote_types(parameter.dtype, torch.float32)
             wanted = wanted_state(group["algorithm"], parameter, group.get("stochastic_rounding"))
+            spec = read_spec(name, parameter.shape, group)
+            shapes = {"master": spec.shape, **state_shapes(group["algorithm"], spec)}
             for state in (key for key in wanted if key != "step"):
-                shape = state_shape(state, read_spec(name, parameter.shape, group))
+                shape = shapes[state]
                 entry = TensorEntry(dtype_name(wide, name), shape)
                 expected[f"optimizer/{state}/{name}"] = entry
     return expected

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distmuon.buckets import BucketSpec, specify, state_names
+from distmuon.buckets import BucketSpec, specify
 from distmuon.checkpoint.completion import Completion
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import (
@@ -293,7 +293,7 @@ def _ranges(
     """Name, start and length of everything that a rank holds."""
     cut: set[str] = set()
     for spec in specs:
-        for state in (None, *state_names(spec.algorithm), "master"):
+        for state in (None, *spec.states, "master"):
             kind = "model" if state is None else f"optimizer/{state}"
             cut |= {f"{kind}/{fqn}" for fqn in spec.names}
             for segment in spec.places(state or "master").segments(rank):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from distmuon.buckets import BucketSpec, state_names
+from distmuon.buckets import BucketSpec
 from distmuon.layout import Layout
 from distmuon.options import Policy
 from distmuon.report import planned_loads
@@ -141,7 +141,7 @@ def loads(specs: Sequence[BucketSpec]) -> tuple[int, ...]:
 
 def state_bytes(spec: BucketSpec) -> int:
     """Bytes of a bucket's state on one rank, whatever its rule; master weights not counted."""
-    numel = sum(spec.places(name).shard_numel for name in state_names(spec.algorithm))
+    numel = sum(spec.places(name).shard_numel for name in spec.states)
     return numel * master_itemsize(spec)
 
 

@@ -33,6 +33,8 @@ PARTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain": ((33, 9), {"adjust_lr_fn": "update_rms", "decay_rule": "cautious"}),
     "key": ((24, 19), COMPANION),
     "query": ((24, 19), {**NORMUON, "decay_rule": "cautious"}),
+    "head": ((9, 24), {"algorithm": "torch.optim.Adafactor"}),
+    "scale": ((24,), {"algorithm": "torch.optim.Adafactor"}),
     "bias": ((30,), {"algorithm": "adamw", "decay_rule": "cautious"}),
 }
 STEPS = 4

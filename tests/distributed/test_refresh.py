@@ -92,7 +92,17 @@ def test_i1_refresh_keeps_every_bit_of_state_in_another_layout(
 
 
 Change = Literal[
-    "forgotten", "by hand", "one rank", "frozen", "frozen on one", "removed", "plan differs"
+    "forgotten",
+    "by hand",
+    "one rank",
+    "frozen",
+    "frozen on one",
+    "removed",
+    "plan differs",
+    "algorithm",
+    "algorithm on one",
+    "exchanged",
+    "exchanged and refreshed",
 ]
 
 
@@ -119,6 +129,12 @@ def change(kind: Change) -> tuple[str, bool]:
             model["tall"].requires_grad_(False)
         if kind.startswith("frozen"):
             optimizer.refresh()
+        if kind == "algorithm" or (kind == "algorithm on one" and dist.get_rank() == 1):
+            optimizer.param_groups[0]["algorithm"] = "normuon"
+        if kind.startswith("exchanged"):
+            optimizer.param_groups[0]["params"][0] = model["late"]
+        if kind == "exchanged and refreshed":
+            optimizer.refresh()
         give_gradients(model, 1, model)
         optimizer.step()
     except (RuntimeError, ValueError) as error:
@@ -129,8 +145,21 @@ def change(kind: Change) -> tuple[str, bool]:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("forgotten", "RuntimeError: The groups have [3, 2, 2] parameters now, and [3, 2] when"),
-        ("one rank", "The groups have [3, 2, 2] parameters now, and [3, 2] when"),
+        (
+            "forgotten",
+            "RuntimeError: The groups have [3 muon, 2 adamw, 2 muon] parameters now, and",
+        ),
+        ("one rank", "The groups have [3 muon, 2 adamw, 2 muon] parameters now, and [3 muon, 2"),
+        (
+            "algorithm",
+            "RuntimeError: The groups have [3 normuon, 2 adamw] parameters now, and [3 mu",
+        ),
+        (
+            "algorithm on one",
+            "The groups have [3 normuon, 2 adamw] parameters now, and [3 muon, 2 ",
+        ),
+        ("exchanged", "RuntimeError: Group 0 has other parameters than when they were laid out"),
+        ("exchanged and refreshed", "no error"),
         ("frozen", "ValueError: tall is frozen"),
         ("frozen on one", "tall is frozen"),
         ("plan differs", "do not have the same optimizer as rank 0. First difference"),

@@ -137,6 +137,24 @@ def test_wrong_values_are_refused(
             build([{**group, **options}])
 
 
+def test_a_class_that_decays_by_itself_cannot_be_cautious() -> None:
+    sgd = "torch.optim.SGD(momentum=0.9)"
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(4, 4))]},
+        {"params": [nn.Parameter(torch.zeros(4))], "algorithm": sgd},
+    ]
+    message = r"decay_rule='cautious' in group 1: torch\.optim\.SGD\(momentum=0\.9\) decays"
+    with pytest.raises(ValueError, match=message):
+        Muon(groups, decay_rule="cautious")
+    groups[1]["decay_rule"] = "decoupled"
+    optimizer = Muon(groups, decay_rule="cautious")
+    optimizer.param_groups[1]["decay_rule"] = "cautious"
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
 def test_unknown_arguments_and_misspelt_keys_are_refused() -> None:
     parameter = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(TypeError, match="'decay_rul'"):

@@ -34,7 +34,7 @@ def spec_of(world_size: int, owners: tuple[int, ...]) -> BucketSpec:
     units, members = units_of(layout)
     ownership = Ownership(units, owners, (0, 1), layout, members)
     places = rows_at_owners(layout, members, owners)
-    return BucketSpec("normuon", PARAMETERS, (0, 0), layout, ownership, places)
+    return BucketSpec("normuon", PARAMETERS, (0, 0), layout, ownership, {STATE: places})
 
 
 PARAMETERS = tuple(nn.Parameter(torch.zeros(spec.shape)) for spec in SPECS)
@@ -108,15 +108,15 @@ def test_state_is_cut_and_put_together_again() -> None:
 def test_each_matrix_has_its_own_values_in_its_owners_shard() -> None:
     for world_size, owners in ((2, OWNERS), (1, (0,) * len(OWNERS))):
         spec = spec_of(world_size, owners)
-        assert spec.row_places is not None
+        places = spec.kept[STATE]
         assert spec.ownership is not None
         taken: list[set[int]] = [set() for _ in range(world_size)]
-        rows = zip(owners, spec.row_places.starts, spec.ownership.layout.specs, strict=True)
+        rows = zip(owners, places.starts, spec.ownership.layout.specs, strict=True)
         for owner, start, matrix in rows:
             values = set(range(start, start + row_shape(matrix)[0]))
             assert not values & taken[owner]
             taken[owner] |= values
-        assert max(map(len, taken)) == spec.row_places.shard_numel
+        assert max(map(len, taken)) == places.shard_numel
         assert all(each == set(range(len(each))) for each in taken)
 
 
