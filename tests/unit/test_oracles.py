@@ -155,9 +155,13 @@ def test_oracle_5_rotations_go_through(coefficients: str) -> None:
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24), (17, 19), (100, 130)])
 def test_oracle_6_transposes_batches_and_zeros_are_exact(shape: tuple[int, int]) -> None:
     x = gaussian(3, *shape)
-    assert torch.equal(keller(x[0].T), keller(x[0]).T)
-    assert torch.equal(keller(x), torch.stack([keller(each) for each in x]))
-    assert not keller(torch.zeros(shape)).any()
+    for coefficients in ("keller", "p5", "halley", "auto"):
+        whole = orthogonalize(x, coefficients=coefficients)
+        apart = [orthogonalize(each, coefficients=coefficients) for each in x]
+        assert torch.equal(whole, torch.stack(apart)), coefficients
+        turned = orthogonalize(x[0].T, coefficients=coefficients)
+        assert torch.equal(turned, apart[0].T), coefficients
+        assert not orthogonalize(torch.zeros(shape), coefficients=coefficients).any()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-5, 0.3, 1e5, 1e30])
