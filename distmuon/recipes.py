@@ -11,14 +11,23 @@ in one, for `distmuon.deepspeed.from_model` and `distmuon.adapters.transformers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
-from distmuon.errors import see
+from distmuon.errors import see, with_entry
 from distmuon.update_rules import AdjustLrFn, adjust_lr_factor
 
 # Root mean square of AdamW's updates that Moonlight found usual, and matches.
 ADAMW_RMS = 0.2
+# What recipes are called is not what their scaling is called.
+_SCALINGS = {
+    "moonlight": "match_rms_adamw",
+    "kimi_k2": "match_rms_adamw",
+    "normuon": "match_rms_adamw",
+    "keller": "original",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +93,17 @@ def convert_lr(
 
     Raises:
         ValueError: for a negative number, a shape below 1 x 1 or an unknown scaling.
-        TypeError: if a scaling is neither a name nor callable.
+        TypeError: for a value that is no number, a shape that is none, or a scaling that is neither
+            a name nor callable.
     """
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"Invalid {lr=}. Must be >= 0 and finite." + see("bad-option"))
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"Invalid {weight_decay=}. Must be >= 0 and finite." + see("bad-option"))
+    _check_rates(lr=lr, weight_decay=weight_decay)
+    if not isinstance(shape, Sequence) or not all(map(_is_size, shape)):
+        raise TypeError(f"Invalid {shape=}. Must be two integers." + see("bad-option"))
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(
             f"Invalid {shape=}. Must be rows and columns of a matrix." + see("bad-option")
         )
-    ratio = _factor(target, shape) / _factor(source, shape)
+    ratio = _factor("target", target, shape) / _factor("source", source, shape)
     return Rates(lr / ratio, weight_decay * ratio)
 
 
@@ -108,8 +117,12 @@ def moonlight(lr: float = 4.2e-4, *, weight_decay: float = 0.1) -> Recipe:
     Returns:
         The recipe.
 
+    Raises:
+        ValueError: for a negative number; TypeError for what is none.
+
     Source: arXiv 2502.16982, equation 4 and sections 2.2 and 3.3; decay of norms: appendix D.
     """
+    _check_rates(lr=lr, weight_decay=weight_decay)
     return Recipe(
         "moonlight",
         {"weight_decay": weight_decay, "decay": "all"},
@@ -130,8 +143,12 @@ def kimi_k2(lr: float = 2e-4, *, weight_decay: float = 0.1) -> Recipe:
     Returns:
         The recipe.
 
+    Raises:
+        ValueError: for a negative number; TypeError for what is none.
+
     Source: Kimi K2, arXiv 2507.20534. Whether norms are decayed is not said there.
     """
+    _check_rates(lr=lr, weight_decay=weight_decay)
     return Recipe(
         "kimi_k2",
         {"weight_decay": weight_decay, "decay": "weights"},
@@ -152,8 +169,12 @@ def keller(lr: float = 0.02, *, adam_lr: float = 3e-4, weight_decay: float = 0.0
     Returns:
         The recipe.
 
+    Raises:
+        ValueError: for a negative number; TypeError for what is none.
+
     Source: the example in the README of github.com/KellerJordan/Muon.
     """
+    _check_rates(lr=lr, adam_lr=adam_lr, weight_decay=weight_decay)
     return Recipe(
         "keller",
         {"weight_decay": weight_decay, "decay": "all", "adam_lr": adam_lr},
@@ -179,10 +200,15 @@ def mup(
         The recipe.
 
     Raises:
-        ValueError: for a width below 1, or as `convert_lr`.
+        ValueError: for a width below 1, or a negative number; TypeError for what is none.
 
     Source: Bernstein, "Deriving Muon"; the modular norm, arXiv 2405.14813.
     """
+    if not _is_size(width):
+        raise TypeError(f"Invalid {width=}. Must be an integer." + see("bad-option"))
+    if width < 1:
+        raise ValueError(f"Invalid {width=}. Must be >= 1." + see("bad-option"))
+    _check_rates(adam_lr=adam_lr)
     rates = convert_lr(
         lr, source="adamw", target="mup", shape=(width, width), weight_decay=weight_decay
     )
@@ -205,8 +231,12 @@ def normuon(lr: float = 4e-4, *, weight_decay: float = 0.1) -> Recipe:
     Returns:
         The recipe.
 
+    Raises:
+        ValueError: for a negative number; TypeError for what is none.
+
     Source: NorMuon, arXiv 2510.05491.
     """
+    _check_rates(lr=lr, weight_decay=weight_decay)
     return Recipe(
         "normuon",
         {"weight_decay": weight_decay, "decay": "weights", "matrices": "normuon"},
@@ -228,9 +258,34 @@ def _published() -> dict[str, Any]:
     }
 
 
-def _factor(scaling: AdjustLrFn | Literal["adamw"], shape: tuple[int, int]) -> float:
+def _factor(side: str, scaling: AdjustLrFn | Literal["adamw"], shape: tuple[int, int]) -> float:
     rows, cols = shape
     if scaling == "adamw":
         # The polar factor of an A x B matrix has root mean square 1/sqrt(max(A, B)).
         return ADAMW_RMS * math.sqrt(max(rows, cols))
-    return adjust_lr_factor(scaling, rows, cols)
+    try:
+        return adjust_lr_factor(scaling, rows, cols)
+    except (TypeError, ValueError) as error:
+        if callable(scaling):
+            raise
+        known = _SCALINGS.get(str(scaling).lower())
+        meant = f' The recipe {scaling!r} has "{known}".' if known else ""
+        message = f'{side}={scaling!r} is neither "adamw" nor an adjust_lr_fn.{meant} {error}'
+        raise type(error)(with_entry(message, "bad-option")) from None
+
+
+def _check_rates(**rates: object) -> None:
+    for name, value in rates.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(
+                f"Invalid {name}={value!r} of type {type(value).__name__}. Must be a number."
+                + see("bad-option")
+            )
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(
+                f"Invalid {name}={value}. Must be >= 0 and finite." + see("bad-option")
+            )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

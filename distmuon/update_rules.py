@@ -59,13 +59,21 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
 
     Raises:
         ValueError: for an unknown name, or a callable whose result is not positive and finite.
-        TypeError: if `adjust_lr_fn` is neither a name nor callable.
+        TypeError: if `adjust_lr_fn` is neither a name nor callable, or a callable's result is no
+            number.
 
     Source: `match_rms_adamw` Moonlight, arXiv 2502.16982, section 2.2; `original` Keller Jordan's
     Muon; `mup` Bernstein's modular norm scaling. `max_dim` is Moonlight's rule without the root.
     """
     if callable(adjust_lr_fn):
-        factor = float(adjust_lr_fn(rows, cols))
+        result = adjust_lr_fn(rows, cols)
+        try:
+            factor = float(result)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"Invalid adjust_lr_fn: it returned {result!r} for a {rows} x {cols} matrix. "
+                "Must be a number." + see("bad-option")
+            ) from None
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(
                 f"Invalid adjust_lr_fn: it returned {factor} for a {rows} x {cols} matrix. "

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from distmuon import Muon, build_param_groups, recipes
 from distmuon.adapters.deepspeed import ZeroOrtho, from_model
 from distmuon.recipes import Recipe, convert_lr
+from distmuon.update_rules import AdjustLrMode
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "moonlight": recipes.moonlight,
@@ -139,10 +141,70 @@ def test_moonlights_own_rate_needs_no_conversion_from_adamw_and_a_callable_is_a_
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"shape": (0, 4)}, "rows and columns"),
         ({"shape": (4, 4, 4)}, "rows and columns"),
-        ({"target": "adam"}, "adjust_lr_fn"),
+        ({"target": "adam"}, "target='adam' is neither \"adamw\" nor an adjust_lr_fn"),
+        ({"source": "keller"}, "The recipe 'keller' has \"original\""),
     ],
 )
 def test_nonsense_is_refused(change: dict[str, object], message: str) -> None:
     good = {"lr": 1.0, "source": "adamw", "target": "mup", "shape": (4, 4)}
     with pytest.raises(ValueError, match=message):
         convert_lr(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": "3e-4"}, "lr='3e-4' of type str"),
+        ({"lr": True}, "lr=True of type bool"),
+        ({"weight_decay": None}, "weight_decay=None of type NoneType"),
+        ({"shape": 1024}, "shape=1024. Must be two integers"),
+        ({"shape": (2.5, 4)}, "Must be two integers"),
+        ({"shape": ("2", "4")}, "Must be two integers"),
+        ({"source": None}, "source=None is neither"),
+        ({"source": lambda rows, cols: "x"}, "it returned 'x' for a 4 x 4 matrix"),
+    ],
+)
+def test_wrong_types_are_refused(change: dict[str, object], message: str) -> None:
+    good = {"lr": 1.0, "source": "adamw", "target": "mup", "shape": (4, 4)}
+    with pytest.raises(TypeError, match=message):
+        convert_lr(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lr": "0.1"}, TypeError, "lr='0.1' of type str"),
+        ({"lr": math.nan}, ValueError, "lr=nan"),
+        ({"weight_decay": -1}, ValueError, "weight_decay=-1"),
+        ({"adam_lr": None}, TypeError, "adam_lr=None"),
+        ({"width": 64.0}, TypeError, "width=64.0. Must be an integer"),
+        ({"width": 0}, ValueError, "width=0. Must be >= 1"),
+    ],
+)
+def test_a_preset_refuses_what_is_wrong_before_anything_is_built(
+    change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    presets: list[Callable[..., Recipe]] = [
+        recipes.moonlight,
+        recipes.kimi_k2,
+        recipes.keller,
+        recipes.normuon,
+        recipes.mup,
+    ]
+    for preset in presets:
+        accepted = inspect.signature(preset).parameters
+        given = {"width": 64} if "width" in accepted else {}
+        if change.keys() <= accepted.keys():
+            with pytest.raises(error, match=message):
+                preset(**{**given, **change})
+
+
+@pytest.mark.parametrize("source", [*get_args(AdjustLrMode), "adamw"])
+@pytest.mark.parametrize("target", [*get_args(AdjustLrMode), "adamw"])
+def test_there_and_back_is_where_it_began(source: Any, target: Any) -> None:
+    there = convert_lr(3e-4, source=source, target=target, shape=(1024, 256), weight_decay=0.1)
+    back = convert_lr(
+        there.lr, source=target, target=source, shape=(1024, 256), weight_decay=there.weight_decay
+    )
+    assert back == pytest.approx((3e-4, 0.1), rel=1e-12)
+    assert there.lr * there.weight_decay == pytest.approx(3e-5, rel=1e-12)
