@@ -87,23 +87,25 @@ class Exchange:
             self._deliver(*returning, update)
         self._incoming = None
 
-    def scatter(self, tensor: int, value: Tensor, *, out: Tensor) -> None:
+    def scatter(self, tensor: int, value: Tensor, factor: float = 1.0, *, out: Tensor) -> None:
         """Put the update of a matrix that `gather` yielded last where its pieces belong.
 
         Args:
             tensor: Index in the layout.
             value: [..., m, n], its update.
+            factor: What it is multiplied by on the way.
             out: [shard_numel], the tensor given to `gather`; pieces held elsewhere are sent.
         """
         flat = value.reshape(-1)
         for kept in self._kept[tensor]:
             piece = flat[kept.tensor_start :][: kept.numel]
-            out[kept.shard_start :][: kept.numel].copy_(piece)
+            torch.mul(piece, factor, out=out[kept.shard_start :][: kept.numel])
         for fetched in self._fetched[tensor]:
             assert self._incoming is not None, "scatter follows the yield of its matrix"
             segment = fetched.segment
             piece = flat[segment.tensor_start :][: segment.numel]
-            self._incoming[fetched.buffer_start :][: segment.numel].copy_(piece)
+            place = self._incoming[fetched.buffer_start :][: segment.numel]
+            torch.mul(piece, factor, out=place)
 
     def _fetch(self, index: int, update: Tensor) -> Pending:
         outgoing = self._plan.waves[index].outgoing

@@ -12,6 +12,7 @@ from distmuon import update_rules
 from distmuon.buckets import Bucket
 from distmuon.diagnostics import Probe
 from distmuon.errors import see
+from distmuon.kernels import elementwise
 from distmuon.layout import TensorSpec
 from distmuon.options import GroupOptions
 from distmuon.orthogonalize import orthogonalize
@@ -22,7 +23,7 @@ from distmuon.row_state import row_shape
 from distmuon.shard import Range, Run
 from distmuon.split_exchange import SplitJob
 from distmuon.structure import Axes, cut, join
-from distmuon.work import Work, part_flops, products_dtype, whole_flops
+from distmuon.work import Work, check_all_done, part_flops, products_dtype, whole_flops
 
 # Elements of a piece for the elementwise rules on CPUs. Their several passes then find it in the
 # cache: AdamW took 59 ms in one piece and 31 in these (10.6 M elements); smaller ones gain no more.
@@ -60,21 +61,16 @@ def muon_step(
     assert bucket.split is not None, "a Muon bucket has an exchange for split matrices"
     assert ownership is not None, "a Muon bucket has owners"
     runs = _pieces(shard.begin_step(present, bucket.spec.groups), update.device)
-    momentum_buffer = shard.state["momentum_buffer"]
     with clock("momentum"):
-        for group, _, start, stop in runs:
-            update_rules.momentum_(
-                update[start:stop],
-                momentum_buffer[start:stop],
-                momentum=options[group].momentum,
-                nesterov=options[group].nesterov,
-            )
+        largest = _average_(bucket, update, runs, present, options)
     bucket.split.begin(update)
     done: set[int] = set()
     for batch in exchange.gather(update):
         active = [pair for pair in batch if present[ownership.members[pair[0]]]]
-        for tensor, value in _orthogonal_updates(bucket, active, options, clock, probe):
-            exchange.scatter(tensor, value, out=update)
+        known = [largest.get(tensor) for tensor, _ in active]
+        values, factor = _orthogonal_updates(bucket, active, known, options, clock, probe)
+        for (tensor, _), value in zip(active, values, strict=True):
+            exchange.scatter(tensor, value, factor, out=update)
             done.add(tensor)
         if publication is not None:
             for span in publication.due(dict(batch)):
@@ -82,11 +78,54 @@ def muon_step(
     jobs = _split_jobs(bucket, present, options)
     flops = whole_flops(bucket, done, options) + part_flops(bucket, jobs)
     done |= bucket.split.finish(update, jobs)
-    _check_all_done(bucket, present, done)
+    check_all_done(bucket, present, done)
     for span in publication.rest if publication else [(0, shard.layout.shard_numel)]:
         _apply(shard, update, _within(runs, span), options, clock)
     parts = sum(ownership.layout.specs[matrix].parts for matrix in done)
     return Work(parts, flops)
+
+
+def _average_(
+    bucket: Bucket[Range],
+    update: Tensor,
+    runs: Sequence[Run],
+    present: Sequence[bool],
+    options: Sequence[GroupOptions],
+) -> dict[int, Tensor]:
+    """Average the gradients into the momentum.
+
+    Returns:
+        The largest entry [1] of each matrix that lies here whole, where a kernel finds it.
+    """
+    plan, buffer = bucket.plan, bucket.shard.state["momentum_buffer"]
+    assert plan is not None, "a Muon bucket has a plan"
+    if not elementwise.takes(update, buffer):
+        for group, _, start, stop in runs:
+            update_rules.momentum_(
+                update[start:stop],
+                buffer[start:stop],
+                momentum=options[group].momentum,
+                nesterov=options[group].nesterov,
+            )
+        return {}
+    specs, members = plan.ownership.layout.specs, plan.ownership.members
+    active = [segment for segment in plan.segments if present[members[segment.tensor]]]
+    found = update.new_zeros(len(active), 1)
+    for segment, largest in zip(active, found, strict=True):
+        chosen = options[bucket.spec.groups[members[segment.tensor]]]
+        where = slice(segment.shard_start, segment.shard_start + segment.numel)
+        update_rules.momentum_(
+            update[where],
+            buffer[where],
+            momentum=chosen.momentum,
+            nesterov=chosen.nesterov,
+            largest=largest,
+        )
+    return {
+        segment.tensor: largest
+        for segment, largest in zip(active, found, strict=True)
+        if segment.numel == specs[segment.tensor].numel
+    }
 
 
 def _within(runs: Sequence[Run], span: tuple[int, int]) -> list[Run]:
@@ -162,39 +201,49 @@ def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
 def _orthogonal_updates(
     bucket: Bucket[Range],
     batch: Sequence[tuple[int, Tensor]],
+    largest: Sequence[Tensor | None],
     options: Sequence[GroupOptions],
     clock: PhaseClock,
     probe: Probe,
-) -> list[tuple[int, Tensor]]:
-    """Scaled polar factors of gathered momenta [m, n] of one kind and group, or of their blocks."""
+) -> tuple[list[Tensor], float]:
+    """Polar factors of gathered momenta [m, n] of one kind and group, or of their blocks.
+
+    Returns:
+        The factors, and what they are still to be multiplied by.
+    """
     ownership = bucket.spec.ownership
     assert ownership is not None, "a Muon bucket has owners"
     if not batch:
-        return []
+        return [], 1.0
     tensors, matrices = zip(*batch, strict=True)
     spec = ownership.layout.specs[tensors[0]]
     chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
+    alike, factor = _only_scaled(bucket, spec, chosen), 1.0
+    if alike:  # `scatter` does it in passing
+        factor = update_rules.shape_factor(chosen.adjust_lr_fn, spec.axes, matrices[0].shape[-2:])
     try:
         with clock("newton-schulz"):
-            if len(batch) > 1 and _stackable(bucket, spec, chosen):
-                stack = _polar(torch.stack(matrices), chosen)
+            if len(batch) > 1 and alike:
+                known = [each for each in largest if each is not None]
+                amax = torch.cat(known) if len(known) == len(batch) else None
+                stack = _polar(torch.stack(matrices), chosen, amax)
                 for tensor, polar in zip(tensors, stack, strict=True):
                     probe.look(tensor, polar)
-                _scale_(stack, spec.axes, chosen, None)
                 values = list(stack)
             else:
                 values = [
-                    _update(bucket, tensor, matrix, chosen, probe) for tensor, matrix in batch
+                    _update(bucket, tensor, matrix, chosen, probe, amax)
+                    for (tensor, matrix), amax in zip(batch, largest, strict=True)
                 ]
     except Exception as error:
         names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
         error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape)}")
         raise
-    return list(zip(tensors, values, strict=True))
+    return values, factor
 
 
-def _stackable(bucket: Bucket[Range], spec: TensorSpec, options: GroupOptions) -> bool:
-    """Whether all that is done to a matrix can be done to a stack of them at once."""
+def _only_scaled(bucket: Bucket[Range], spec: TensorSpec, options: GroupOptions) -> bool:
+    """Whether a matrix's polar factor is only multiplied by a number that its shape gives."""
     alone = options.adjust_lr_fn == "update_rms" or options.max_update_rms is not None
     return spec.blocks is None and not bucket.spec.kept and not alone
 
@@ -210,15 +259,21 @@ def _row_state(bucket: Bucket[Range], matrix: int) -> Tensor | None:
 
 
 def _update(
-    bucket: Bucket[Range], tensor: int, matrix: Tensor, options: GroupOptions, probe: Probe
+    bucket: Bucket[Range],
+    tensor: int,
+    matrix: Tensor,
+    options: GroupOptions,
+    probe: Probe,
+    largest: Tensor | None,
 ) -> Tensor:
-    """Polar factor of a momentum [m, n], or of each of its blocks, scaled for its shape."""
+    """Polar factor of a momentum [m, n], or of its blocks; scaled, unless `_only_scaled`."""
     assert bucket.spec.ownership is not None, "a Muon bucket has owners"
     spec, second = bucket.spec.ownership.layout.specs[tensor], _row_state(bucket, tensor)
     if spec.blocks is None:
-        polar = _polar(matrix, options)
+        polar = _polar(matrix, options, largest)
         probe.look(tensor, polar)
-        _scale_(polar, spec.axes, options, second)
+        if not _only_scaled(bucket, spec, options):
+            _scale_(polar, spec.axes, options, second)
         return polar
     values = [_polar(block, options) for block in cut(matrix, spec.blocks)]
     moments = [None] * len(values) if second is None else cut(second, spec.blocks)
@@ -230,18 +285,19 @@ def _update(
     return join(values, matrix.shape, spec.blocks)
 
 
-def _polar(x: Tensor, options: GroupOptions) -> Tensor:
+def _polar(x: Tensor, options: GroupOptions, largest: Tensor | None = None) -> Tensor:
     """Polar factor of a matrix x [m, n], or of each of a stack of them."""
     return orthogonalize(
         x,
         coefficients=options.ns_coefficients,
         steps=options.ns_steps,
         dtype=products_dtype(options),
+        largest=largest,
     )
 
 
 def _scale_(polar: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) -> None:
-    """Scale a polar factor [m, n] for its shape, in place; or each of a stack of them."""
+    """Scale a polar factor [m, n] for its shape, in place."""
     factor = update_rules.shape_factor(options.adjust_lr_fn, axes, polar.shape[-2:])
     if second is not None:
         beta2, eps = options.betas[1], options.eps
@@ -310,19 +366,3 @@ def _refuse_parts(options: GroupOptions) -> None:
                 f"{name} scales by the norm of the whole update, which none of them has. Set "
                 "max_split=1." + see("bad-option")
             )
-
-
-def _check_all_done(bucket: Bucket[Range], present: Sequence[bool], done: set[int]) -> None:
-    # Expected from the owners, done from what the exchange delivered: two sources, so that a
-    # matrix which got lost between them cannot go unnoticed.
-    assert bucket.plan is not None, "a Muon bucket has a plan"
-    rank, ownership = bucket.plan.rank, bucket.plan.ownership
-    rows = zip(ownership.owners, ownership.members, strict=True)
-    expected = {i for i, (owner, member) in enumerate(rows) if owner == rank and present[member]}
-    if done != expected:
-        lost = [ownership.layout.specs[i].name for i in sorted(expected - done)]
-        raise RuntimeError(
-            f"Rank {rank} orthogonalized {len(done)} of {len(expected)} owned matrices with a "
-            f"gradient; missing {lost}. Training stops here rather than go on without Muon. "
-            "Please report this." + see("not-orthogonalized")
-        )

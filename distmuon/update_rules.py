@@ -160,7 +160,14 @@ def cap_(update: Tensor, max_rms: float) -> None:
     update.mul_(torch.where(found > max_rms, max_rms / found, 1.0).to(update.dtype))
 
 
-def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> None:
+def momentum_(
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    largest: Tensor | None = None,
+) -> None:
     """Average the gradient into the momentum and turn `grad` into what is orthogonalized.
 
     `buffer = momentum*buffer + (1 - momentum)*grad`; with Nesterov the result is
@@ -171,13 +178,18 @@ def momentum_(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nestero
         momentum_buffer: Same shape and dtype; updated in place, never aliased by `grad`.
         momentum: Decay of the exponential moving average, in [0, 1).
         nesterov: Whether to look ahead.
+        largest: float32 [1], zero; receives the largest absolute value of the update. Only for
+            tensors that a kernel takes (`elementwise.takes`).
 
     Source: torch.optim.Muon's convention (an average; Keller Jordan's early code keeps a sum,
     which is the same buffer divided by `1 - momentum`, and orthogonalization ignores scale).
     """
     if elementwise.takes(grad, momentum_buffer):
-        elementwise.momentum_(grad, momentum_buffer, momentum=momentum, nesterov=nesterov)
+        elementwise.momentum_(
+            grad, momentum_buffer, momentum=momentum, nesterov=nesterov, largest=largest
+        )
         return
+    assert largest is None, "only the kernel finds it"
     momentum_buffer.lerp_(grad, 1 - momentum)
     if nesterov:
         grad.lerp_(momentum_buffer, momentum)

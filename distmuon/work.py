@@ -1,4 +1,4 @@
-"""What a step has done: matrices, and the operations of their products."""
+"""What a step has done: matrices, all of them, and the operations of their products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from distmuon.buckets import Bucket
+from distmuon.errors import see
 from distmuon.options import GroupOptions, NsDtype
 from distmuon.orthogonalize.flops import count_flops, count_part_flops
 from distmuon.shard import Range
@@ -93,3 +94,29 @@ def part_flops(bucket: Bucket[Range], jobs: Mapping[int, SplitJob]) -> int:
             width = part.columns if part.sliced == "columns" else part.rows
             total += count_part_flops(part.short, width, halves, device)
     return total
+
+
+def check_all_done(bucket: Bucket[Range], present: Sequence[bool], done: set[int]) -> None:
+    """Refuse to go on if a matrix got lost.
+
+    Args:
+        bucket: Of Muon or NorMuon.
+        present: For each parameter whether it has a gradient.
+        done: Matrices that this rank has orthogonalized, by index in the layout.
+
+    Raises:
+        RuntimeError: if those are not what it owns, naming what is missing.
+    """
+    # Expected from the owners, done from what the exchange delivered: two sources, so that a
+    # matrix which got lost between them cannot go unnoticed.
+    assert bucket.plan is not None, "a Muon bucket has a plan"
+    rank, ownership = bucket.plan.rank, bucket.plan.ownership
+    rows = zip(ownership.owners, ownership.members, strict=True)
+    expected = {i for i, (owner, member) in enumerate(rows) if owner == rank and present[member]}
+    if done != expected:
+        lost = [ownership.layout.specs[i].name for i in sorted(expected - done)]
+        raise RuntimeError(
+            f"Rank {rank} orthogonalized {len(done)} of {len(expected)} owned matrices with a "
+            f"gradient; missing {lost}. Training stops here rather than go on without Muon. "
+            "Please report this." + see("not-orthogonalized")
+        )

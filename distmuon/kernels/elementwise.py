@@ -37,7 +37,9 @@ def takes(*tensors: Tensor) -> bool:
     return _trusted[device]
 
 
-def momentum_(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) -> None:
+def momentum_(
+    grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, largest: Tensor | None = None
+) -> None:
     """`update_rules.momentum_`, fused. For tensors that `takes` accepts.
 
     Args:
@@ -45,10 +47,12 @@ def momentum_(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) 
         buffer: Updated in place.
         momentum: Decay of the average.
         nesterov: Whether to look ahead.
+        largest: float32 [1], not negative; raised to the largest absolute value of the update, to
+            NaN if there is one. The same bits every time.
     """
     from distmuon.kernels.elementwise_triton import launch_momentum
 
-    launch_momentum(grad, buffer, momentum=momentum, nesterov=nesterov)
+    launch_momentum(grad, buffer, momentum=momentum, nesterov=nesterov, largest=largest)
 
 
 def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
@@ -136,10 +140,11 @@ def self_check(device: torch.device) -> float:
     # Where the second moment is small the quotient is large.
     errors += [(p - p64) / p64.abs().clamp(min=1), m - m64, v - v64]
     for momentum in (0.3, 0.95):
-        momentum_(g, m, momentum=momentum, nesterov=True)
+        largest = torch.zeros(1, device=device)
+        momentum_(g, m, momentum=momentum, nesterov=True, largest=largest)
         m64 = momentum * m64 + (1 - momentum) * g64
         g64 = momentum * m64 + (1 - momentum) * g64
-        errors += [g - g64, m - m64]
+        errors += [g - g64, m - m64, (largest - g.abs().max()).expand_as(g)]
     apply_(p, g, lr=0.1, weight_decay=0.5)
     errors.append((p - (p64 * 0.95 - 0.1 * g64)) / p64.abs().clamp(min=1))
     return float(torch.stack(errors).abs().max().nan_to_num(torch.inf))

@@ -5,6 +5,7 @@ Each reads and writes every element once, in the operation order of `distmuon.up
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,9 +15,22 @@ BLOCK = 2048
 
 @triton.jit
 def _momentum_kernel(
-    grad_ptr, buffer_ptr, count, momentum, rest, NESTEROV: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr,
+    buffer_ptr,
+    bits_ptr,
+    count,
+    momentum,
+    rest,
+    NESTEROV: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Average BLOCK gradients into the momentum; the gradient becomes what is orthogonalized."""
+    """Average BLOCK gradients into the momentum; the gradient becomes what is orthogonalized.
+
+    The largest of its absolute values is found on the way. As integers the bits of floats that
+    are not negative have the floats' order, NaNs above infinity, and a maximum of integers does
+    not depend on the order in which the programs come.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     grad = tl.load(grad_ptr + at, mask=inside)
@@ -28,6 +42,9 @@ def _momentum_kernel(
         ahead = tl.where(momentum < 0.5, grad + momentum * (buffer - grad), buffer)
         buffer = tl.where(momentum < 0.5, ahead, buffer - rest * (buffer - grad))
     tl.store(grad_ptr + at, buffer, mask=inside)
+    if LARGEST:
+        size = tl.where(inside, tl.abs(buffer), 0.0).to(tl.int32, bitcast=True)
+        tl.atomic_max(bits_ptr, tl.max(size, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -71,7 +88,9 @@ def _adamw_kernel(
     tl.store(param_ptr + at, param - rate * first / denominator, mask=inside)
 
 
-def launch_momentum(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) -> None:
+def launch_momentum(
+    grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, largest: Tensor | None = None
+) -> None:
     """`update_rules.momentum_` in one pass.
 
     Args:
@@ -79,9 +98,18 @@ def launch_momentum(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: 
         buffer: Likewise.
         momentum: Decay of the average.
         nesterov: Whether to look ahead.
+        largest: float32 [1], not negative; raised to the largest absolute value of the result.
     """
     _momentum_kernel[triton.cdiv(grad.numel(), BLOCK),](
-        grad, buffer, grad.numel(), momentum, 1 - momentum, NESTEROV=nesterov, BLOCK=BLOCK
+        grad,
+        buffer,
+        (grad if largest is None else largest).view(torch.int32),
+        grad.numel(),
+        momentum,
+        1 - momentum,
+        NESTEROV=nesterov,
+        LARGEST=largest is not None,
+        BLOCK=BLOCK,
     )
 
 

@@ -48,6 +48,7 @@ def orthogonalize(
     steps: int | None = None,
     dtype: torch.dtype | None = None,
     nonfinite: NonFinite = "propagate",
+    largest: Tensor | None = None,
 ) -> Tensor:
     """Approximate polar factor U Vᵀ of each matrix U S Vᵀ.
 
@@ -68,6 +69,8 @@ def orthogonalize(
         dtype: dtype of the matrix products; None chooses by input and device, see
             `policy.working_dtype`.
         nonfinite: what a matrix with a NaN or an infinity gives: "propagate" NaNs, "zero" zeros.
+        largest: [...] in float32, the largest absolute entry of each matrix, NaN if one is NaN,
+            from who has just seen them all: a pass over x is spared. None to look.
 
     Returns:
         [..., m, n] in x's dtype, contiguous. A zero matrix gives zeros.
@@ -80,7 +83,13 @@ def orthogonalize(
     Source: https://kellerjordan.github.io/posts/muon/; docs/numerics.md
     """
     return orthogonalize_checked(
-        x, method=method, coefficients=coefficients, steps=steps, dtype=dtype, nonfinite=nonfinite
+        x,
+        method=method,
+        coefficients=coefficients,
+        steps=steps,
+        dtype=dtype,
+        nonfinite=nonfinite,
+        largest=largest,
     ).update
 
 
@@ -93,6 +102,7 @@ def orthogonalize_checked(
     steps: int | None = None,
     dtype: torch.dtype | None = None,
     nonfinite: NonFinite = "propagate",
+    largest: Tensor | None = None,
 ) -> Orthogonalized:
     """`orthogonalize`, and a flag for each matrix that says whether its entries were finite.
 
@@ -103,6 +113,7 @@ def orthogonalize_checked(
         steps: likewise.
         dtype: likewise.
         nonfinite: likewise.
+        largest: likewise.
 
     Returns:
         The result and the flags.
@@ -124,7 +135,8 @@ def orthogonalize_checked(
     plan = _Plan(method, schedule, work, nonfinite)
     # Under autocast every product here would silently become a bfloat16 one.
     with torch.autocast(x.device.type, enabled=False):
-        update, finite = _each(x.reshape(-1, *x.shape[-2:]), plan)
+        known = None if largest is None else largest.reshape(-1, 1, 1)
+        update, finite = _each(x.reshape(-1, *x.shape[-2:]), plan, known)
     return Orthogonalized(update.reshape(x.shape), finite.reshape(x.shape[:-2]))
 
 
@@ -140,16 +152,17 @@ class _Plan(NamedTuple):
         return self.method in _EXACT or isinstance(self.schedule, Rational)
 
 
-def _each(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+def _each(x: Tensor, plan: _Plan, largest: Tensor | None) -> tuple[Tensor, Tensor]:
     count, m, n = x.shape
     stacked = stack_numel(x.device) // (m * n)
     if _batched_on_cpu(x, plan):
-        return _one(x, plan)
+        return _one(x, plan, largest)
     if count == 1:
-        update, finite = _one(x[0], plan)
+        update, finite = _one(x[0], plan, None if largest is None else largest[0])
         return update[None], finite[None]
     if count <= stacked:
-        return _one(x, plan)
+        return _one(x, plan, largest)
+    # More than a step would hand over at once: its largest entries are looked for again.
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if stacked > 1:
         slices = [slice(start, start + stacked) for start in range(0, count, stacked)]
@@ -185,9 +198,9 @@ def _one_into(out: Tensor, x: Tensor, plan: _Plan) -> Tensor:
     return finite
 
 
-def _one(x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+def _one(x: Tensor, plan: _Plan, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One matrix [m, n] and a flag, or a batch computed as one and a flag for each."""
-    amax = largest_entry(x)
+    amax = largest_entry(x) if largest is None else largest
     finite = is_finite(amax)
     scaled = prescale(x, amax)
     if plan.nonfinite == "zero" or plan.uses_lapack:

@@ -12,6 +12,7 @@ from distmuon.kernels.tiles import TILES, Tile
 triton = pytest.importorskip("triton")
 
 HALF_POINTERS = {"a_ptr", "b_ptr", "c_ptr", "out_ptr"}
+POINTERS = {"bits_ptr": "*i32"}
 INTEGERS = {"m", "k", "count"}
 HOPPER, AMPERE = 90, 80
 
@@ -30,7 +31,7 @@ def compile_kernel(
         if name in constants:
             return "constexpr"
         if name.endswith("_ptr"):
-            return f"*{half}" if name in HALF_POINTERS else "*fp32"
+            return POINTERS.get(name, f"*{half}" if name in HALF_POINTERS else "*fp32")
         return "i32" if name in INTEGERS or name.endswith(("_batch", "_row", "_col")) else "fp32"
 
     names = kernel.arg_names
@@ -79,7 +80,7 @@ def test_the_update_rules_compile_to_wide_loads(kernel: str) -> None:
 
     constants: dict[str, object] = {"BLOCK": elementwise_triton.BLOCK}
     if kernel == "_momentum_kernel":
-        constants["NESTEROV"] = True
+        constants |= {"NESTEROV": True, "LARGEST": True}
     compiled = compile_kernel(
         getattr(elementwise_triton, kernel), constants, half="fp16", capability=HOPPER
     )

@@ -48,6 +48,23 @@ def test_momentum(count: int, nesterov: bool, momentum: float) -> None:
     assert_only(buffer_memory, count)
 
 
+@pytest.mark.parametrize("count", [1, 17, 2048, 5001])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_finds_the_largest_entry_on_its_way(count: int, nesterov: bool) -> None:
+    for spoiled in (None, torch.inf, -torch.inf, torch.nan):
+        _, grad = poisoned(count)
+        grad[count // 2] = -37.0 if spoiled is None else spoiled
+        largest = torch.zeros(3)
+        options = {"momentum": 0.95, "nesterov": nesterov}
+        elementwise.momentum_(grad, torch.zeros(count), **options, largest=largest[1:2])
+        assert torch.equal(largest[1].nan_to_num(-1), grad.abs().max().nan_to_num(-1))
+        assert largest[0] == largest[2] == 0
+        assert bool(largest[1].isfinite()) == (spoiled is None)
+    zeros = torch.zeros(2)
+    elementwise.momentum_(*torch.zeros(2, count), **options, largest=zeros[:1])
+    assert not zeros.any()
+
+
 @pytest.mark.parametrize("count", [1, 2047, 5001])
 def test_apply(count: int) -> None:
     memory, param = poisoned(count)

@@ -1,0 +1,82 @@
+"""Whole steps by the kernels, as a GPU makes them: fused rules, stacks, symmetric products."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distmuon import Muon, exchange
+from distmuon.kernels import elementwise
+from distmuon.kernels.symmetric import symmetric_backend
+from distmuon.orthogonalize import api
+
+SHAPES = {"a": (20, 40), "b": (20, 40), "c": (20, 20), "experts": (2, 20, 40), "bias": (30,)}
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Take the kernels and the stacks of a GPU here; notes who looks for largest entries."""
+
+    def takes(*tensors: Tensor) -> bool:
+        return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+    looked: list[str] = []
+    look = api.largest_entry
+
+    def largest_entry(x: Tensor) -> Tensor:
+        looked.append(str(list(x.shape)))
+        return look(x)
+
+    monkeypatch.setattr(elementwise, "takes", takes)
+    monkeypatch.setattr(api, "largest_entry", largest_entry)
+    for module in (api, exchange):
+        monkeypatch.setattr(module, "stack_numel", lambda device: 2**20)
+    return looked
+
+
+def train(blocks: int | None = None, **options: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    named = {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
+    bias = named.pop("bias")
+    groups = [
+        {"params": list(named.items()), "ns_dtype": "float16", "blocks": blocks},
+        {"params": [("bias", bias)], "algorithm": "adamw"},
+    ]
+    optimizer = Muon(groups, lr=0.1, ns_coefficients="p5", **options)
+    for step in range(2):
+        for name, parameter in {**named, "bias": bias}.items():
+            # Scales that float16 does not have.
+            grad = torch.randn(parameter.shape, generator=generator) * 1e-9
+            parameter.grad = None if (step, name) == (1, "b") else grad
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in {**named, "bias": bias}.items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": False, "publish_bytes": 512, "adjust_lr_fn": "update_rms"}]
+)
+def test_a_step_by_kernels_is_the_step_by_torch(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    expected = train(**options)
+    looked = as_on_a_gpu(monkeypatch)
+    with symmetric_backend("triton"):
+        found = train(**options)
+    assert looked == [], "the momentum's pass has found them"
+    for name, value in expected.items():
+        # Updates of RMS 0.2 times lr: float16 products are within 1e-2 of others.
+        torch.testing.assert_close(found[name], value, rtol=0, atol=3e-3, msg=name)
+
+
+def test_blocks_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(blocks=2)
+    looked = as_on_a_gpu(monkeypatch)
+    with symmetric_backend("triton"):
+        found = train(blocks=2)
+    assert set(looked) == {"[10, 40]", "[10, 20]"}, "nobody has seen the blocks apart"
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=3e-3, msg=name)
