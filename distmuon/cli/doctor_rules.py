@@ -56,6 +56,16 @@ def torch_version(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def numpy(facts: Facts) -> Iterator[Finding]:
+    """What torch sends objects between ranks with, and does not ask for."""
+    if not facts.versions["numpy"]:
+        yield Finding(
+            "problem",
+            "numpy is missing: several ranks cannot compare their plans.",
+            "pip install numpy",
+        )
+
+
 def deepspeed_version(facts: Facts) -> Iterator[Finding]:
     """Older versions average gradients wrongly in some stages."""
     version = facts.versions["deepspeed"]
@@ -195,6 +205,7 @@ def errors(facts: Facts) -> Iterator[Finding]:
 
 RULES: tuple[Rule, ...] = (
     torch_version,
+    numpy,
     deepspeed_version,
     framework_versions,
     gpus,

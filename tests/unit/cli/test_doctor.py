@@ -56,6 +56,7 @@ def with_version(**versions: str) -> dict[str, Any]:
 BAD: list[tuple[dict[str, Any], str, str]] = [
     (with_version(torch="2.8.0"), "problem", "older than 2.9"),
     (with_version(torch="2.14.0"), "warning", "torch 2.14.0 has not been tested"),
+    (with_version(numpy=""), "problem", "numpy is missing"),
     (with_version(deepspeed="0.18.9"), "problem", "DeepSpeed 0.18.9 is older than 0.19"),
     (with_version(deepspeed="0.20.1"), "warning", "0.19.8 has"),
     (with_version(accelerate="1.16.0"), "warning", "accelerate 1.16.0 is outside"),
