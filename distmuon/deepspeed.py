@@ -4,9 +4,20 @@ from distmuon.adapters.deepspeed import (
     ZeroOrtho,
     check_config,
     from_model,
+    load,
     load_resharded,
     register,
+    save,
     tag,
 )
 
-__all__ = ["ZeroOrtho", "check_config", "from_model", "load_resharded", "register", "tag"]
+__all__ = [
+    "ZeroOrtho",
+    "check_config",
+    "from_model",
+    "load",
+    "load_resharded",
+    "register",
+    "save",
+    "tag",
+]

@@ -37,8 +37,7 @@ class Run(NamedTuple):
 class Range:
     """One rank's range of a flat buffer: values in fp32 or wider, and the state beside them.
 
-    The update rules need no more. `Shard` is a range of a buffer of our own; a framework that
-    shards by itself (DeepSpeed's ZeRO) hands over its partition and its layout instead.
+    The update rules need no more.
 
     Attributes:
         layout: Where the parameters lie.
@@ -114,18 +113,70 @@ class Range:
         return merged
 
 
-class Shard(Range):
-    """The flat buffer of same-dtype parameters and this rank's 1/N of their state.
+class FlatRange(Range):
+    """A range of a buffer that parameters are views of: of our own, or of a framework's.
 
-    The parameters become views of the buffer, so that one in-place all-gather publishes them. The
-    rank's own range is updated in at least fp32: it is the buffer itself for fp32 parameters and a
     master copy for narrower ones. With a seed for stochastic rounding that copy is there only from
     `begin_step` to `finish_step`.
 
     Attributes:
         parameters: The parameters, in flat order.
         flat: [layout.numel], the parameters' dtype; every parameter is a view of it.
-        mine: [layout.shard_numel], this rank's range of `flat`.
+        mine: [layout.shard_numel], this rank's range of `flat`; perhaps the memory of `master`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        parameters: Sequence[Tensor],
+        flat: Tensor,
+        master: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Hold on to a range and the buffer that it belongs to.
+
+        Args:
+            layout: Where each parameter lies.
+            rank: Whose range of the buffer this is.
+            parameters: One per `layout.specs` entry, views of `flat`.
+            flat: [layout.numel], the buffer.
+            master: [layout.shard_numel], the values; updated in place.
+            state: What belongs to them; updated in place.
+        """
+        super().__init__(layout, rank, master, state)
+        self.parameters = tuple(parameters)
+        self.flat = flat
+        self.mine = flat.view(layout.world_size, -1)[rank]
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Take in what was written into the parameters from outside since the last step.
+
+        It replaces the master where that is a copy, or weights loaded into a bf16 model would be
+        overwritten by it.
+        """
+        if self.master.data_ptr() != self.mine.data_ptr():
+            written = self.mine != self.master.to(self.flat.dtype)
+            self.master.copy_(torch.where(written, self.mine.to(self.master.dtype), self.master))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by name, with the fp32 "master" of narrow parameters."""
+        masters = {"master": self.master} if self._keeps_master else {}
+        return {**self.state, **masters}
+
+    @property
+    def _keeps_master(self) -> bool:
+        return self.master.dtype != self.flat.dtype
+
+
+class Shard(FlatRange):
+    """The flat buffer of same-dtype parameters and this rank's 1/N of their state.
+
+    The parameters become views of the buffer, so that one in-place all-gather publishes them. The
+    rank's own range is updated in at least fp32: it is the buffer itself for fp32 parameters and a
+    master copy for narrower ones.
     """
 
     def __init__(
@@ -157,32 +208,31 @@ class Shard(Range):
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         )
         self._topic = Topic("publish", None, tuple(spec.name for spec in layout.specs))
-        self.mine = self.flat.view(layout.world_size, -1)[rank]
         self.layout = layout
         self._adopt_storage()
         self._seed = seed
         wide = torch.promote_types(first.dtype, torch.float32)
+        mine = self.flat.view(layout.world_size, -1)[rank]
         # What stands for the copy between steps: one zero, to the eye as long as it.
-        self._no_master = self.mine.new_zeros(1, dtype=wide).expand(self.mine.shape)
+        self._no_master = mine.new_zeros(1, dtype=wide).expand(mine.shape)
         # Shares storage when the dtype is already wide enough.
-        master = self.mine.to(wide) if seed is None else self._no_master
+        master = mine.to(wide) if seed is None else self._no_master
         state = {name: master.new_zeros(numel) for name, numel in state_numels.items()}
-        super().__init__(layout, rank, master, state)
+        super().__init__(layout, rank, self.parameters, self.flat, master, state)
 
+    @override
     def adopt(self) -> None:
         """Take in what was done to the parameters from outside since the last step.
 
         New storage under a Parameter (`model.to()`, `parameter.data = ...`) becomes a view of the
-        buffer again. Values written into a narrow parameter replace their fp32 master, or weights
-        loaded into a bf16 model would be overwritten by it.
+        buffer again. Values written into a narrow parameter replace their fp32 master.
 
         Raises:
             RuntimeError: if a parameter now has another shape, dtype or device.
         """
         self._adopt_storage()
-        if self._keeps_master:
-            written = self.mine != self.master.to(self.flat.dtype)
-            self.master.copy_(torch.where(written, self.mine.to(self.master.dtype), self.master))
+        if self._seed is None:
+            super().adopt()
 
     @override
     def begin_step(self, present: Sequence[bool], groups: Sequence[int]) -> list[Run]:
@@ -196,8 +246,9 @@ class Shard(Range):
             self.master = self._no_master
 
     @property
+    @override
     def _keeps_master(self) -> bool:
-        return self._seed is None and self.master.dtype != self.flat.dtype
+        return self._seed is None and super()._keeps_master
 
     def _adopt_storage(self) -> None:
         rows = zip(self.layout.specs, self.parameters, self._views, strict=True)
@@ -279,12 +330,6 @@ class Shard(Range):
                 place = segment.tensor_start + first - segment.shard_start
                 pieces.append(Piece(first - start, end - start, place, key))
         return pieces
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All state by name, with the fp32 "master" of narrow parameters."""
-        masters = {"master": self.master} if self._keeps_master else {}
-        return {**self.state, **masters}
 
     @property
     def state_bytes(self) -> int:

@@ -13,4 +13,4 @@ from distmuon.training.main import main
 if __name__ == "__main__":
     # The deepspeed launcher appends --local_rank, which is in the environment as well.
     given = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    sys.exit(record(main)(["run.engine=deepspeed", "run.save_every=0", *given]))
+    sys.exit(record(main)(["run.engine=deepspeed", *given]))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import Bucket, state_shapes
+from distmuon.buckets import state_shapes
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import dtype_name
 from distmuon.checkpoint.manifest import ParameterEntry, TensorEntry
+from distmuon.checkpoint.sharded import AnyBucket, Sharded
 from distmuon.layout import read_spec
-from distmuon.optimizer import Muon
 from distmuon.parameters import walk_modules
 from distmuon.state_part import wanted_state
 
@@ -44,7 +44,7 @@ class Place:
         return TensorEntry(dtype_name(self.data.dtype, self.name), self.shape)
 
 
-def state_places(buckets: Sequence[Bucket]) -> Iterator[Place]:
+def state_places(buckets: Sequence[AnyBucket]) -> Iterator[Place]:
     """This rank's ranges of the optimizer's state.
 
     Args:
@@ -59,7 +59,7 @@ def state_places(buckets: Sequence[Bucket]) -> Iterator[Place]:
             yield from _ranges(bucket, names, f"optimizer/{state}", flat, state)
 
 
-def parameter_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
+def parameter_places(buckets: Sequence[AnyBucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
     """This rank's ranges of those of a model's parameters that the optimizer updates.
 
     Args:
@@ -74,7 +74,7 @@ def parameter_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> 
         yield from _ranges(bucket, names, "model", bucket.shard.mine)
 
 
-def other_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
+def other_places(buckets: Sequence[AnyBucket], model: Mapping[str, Tensor]) -> Iterator[Place]:
     """The rest of a model, whole: frozen parameters and buffers.
 
     Args:
@@ -91,7 +91,7 @@ def other_places(buckets: Sequence[Bucket], model: Mapping[str, Tensor]) -> Iter
 
 
 def _ranges(
-    bucket: Bucket, names: Mapping[Tensor, str], prefix: str, flat: Tensor, state: str = ""
+    bucket: AnyBucket, names: Mapping[Tensor, str], prefix: str, flat: Tensor, state: str = ""
 ) -> Iterator[Place]:
     for segment in bucket.segments(state):
         parameter = bucket.shard.parameters[segment.tensor]
@@ -144,7 +144,7 @@ def model_entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
     }
 
 
-def optimizer_parameters(optimizer: Muon) -> dict[str, ParameterEntry]:
+def optimizer_parameters(optimizer: Sharded) -> dict[str, ParameterEntry]:
     """The optimizer's parameters by FQN, in the order of its groups; no step yet.
 
     Args:
@@ -164,7 +164,7 @@ def optimizer_parameters(optimizer: Muon) -> dict[str, ParameterEntry]:
     }
 
 
-def expected_state(optimizer: Muon) -> dict[str, TensorEntry]:
+def expected_state(optimizer: Sharded) -> dict[str, TensorEntry]:
     """Every state tensor that a checkpoint of this optimizer has, whole.
 
     Args:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.manifest import Manifest
+from distmuon.checkpoint.sharded import Sharded
 from distmuon.group_check import check_group, refuse_other_structure
 from distmuon.more_options import OF_THE_RUN
-from distmuon.optimizer import Muon
 
 _NO_OPTIONS = ("params", "param_names")
 _CALLABLE = "callable"
@@ -33,7 +33,7 @@ def dump_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ..
     )
 
 
-def match_groups(optimizer: Muon, manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
+def match_groups(optimizer: Sharded, manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
     """Saved hyperparameters for each of an optimizer's groups, in whatever order they were saved.
 
     Args:

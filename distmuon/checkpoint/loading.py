@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import Bucket
 from distmuon.checkpoint.content import (
     expected_state,
     model_entries,
@@ -32,10 +31,10 @@ from distmuon.checkpoint.manifest import (
     read_manifest,
 )
 from distmuon.checkpoint.saving import settle
+from distmuon.checkpoint.sharded import AnyBucket, Sharded
 from distmuon.checkpoint.together import all_ranks, find_communicator
 from distmuon.collectives import Communicator
 from distmuon.failure import Topic
-from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,7 +66,7 @@ class Loaded:
 
 def load(
     path: str | Path,
-    optimizer: Muon | None = None,
+    optimizer: Sharded | None = None,
     *,
     model: nn.Module | None = None,
     process_group: ProcessGroup | None = None,
@@ -117,6 +116,8 @@ def load(
         ]
         for message in flying:
             message.wait()
+        for bucket in buckets:
+            bucket.shard.adopt()  # DeepSpeed's fp32 weights have a copy of their own
     if optimizer is not None:
         for group, options in zip(optimizer.param_groups, groups[communicator.rank], strict=True):
             group.update(options)
@@ -145,7 +146,7 @@ def _check_files(path: str | Path, communicator: Communicator) -> tuple[Path, Ma
 
 
 def _check_fit(
-    manifest: Manifest, optimizer: Muon | None, model: nn.Module | None
+    manifest: Manifest, optimizer: Sharded | None, model: nn.Module | None
 ) -> list[dict[str, Any]]:
     problems: list[str] = []
     groups: list[dict[str, Any]] = []
@@ -202,7 +203,7 @@ def _compare(saved: Mapping[str, str], here: Mapping[str, str], what: str) -> li
 
 
 def _fill(
-    reader: Reader, manifest: Manifest, buckets: Sequence[Bucket], model: nn.Module | None
+    reader: Reader, manifest: Manifest, buckets: Sequence[AnyBucket], model: nn.Module | None
 ) -> None:
     tensors = model_tensors(model)
     with torch.no_grad():

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmuon.buckets import Bucket
 from distmuon.checkpoint import content
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.files import dtype_name, write_file
@@ -24,7 +23,7 @@ from distmuon.checkpoint.manifest import (
     file_name,
     merge_pieces,
 )
-from distmuon.optimizer import Muon
+from distmuon.checkpoint.sharded import AnyBucket, Sharded
 from distmuon.options import read_options
 from distmuon.plan import digest
 from distmuon.version import __version__
@@ -45,8 +44,8 @@ class Source:
         rank_tensors: The caller's, of this rank.
     """
 
-    optimizer: Muon | None
-    buckets: Sequence[Bucket]
+    optimizer: Sharded | None
+    buckets: Sequence[AnyBucket]
     model: nn.Module | None
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]

@@ -16,10 +16,10 @@ from distmuon.checkpoint.files import require_safetensors
 from distmuon.checkpoint.folders import Workplace, absolute, claim
 from distmuon.checkpoint.manifest import FileEntry
 from distmuon.checkpoint.parts import Part, Source, Table, describe, gather_part
+from distmuon.checkpoint.sharded import Sharded
 from distmuon.checkpoint.together import all_ranks, find_communicator
 from distmuon.collectives import Communicator
 from distmuon.errors import see
-from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,7 +85,7 @@ _PENDING: list[PendingSave] = []
 
 def save(  # noqa: PLR0913 - what is saved, then how
     path: str | Path,
-    optimizer: Muon | None = None,
+    optimizer: Sharded | None = None,
     *,
     model: nn.Module | None = None,
     metadata: Mapping[str, Any] | None = None,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import torch.distributed as dist
 
 from distmuon.checkpoint.errors import CheckpointError
+from distmuon.checkpoint.sharded import Sharded
 from distmuon.collectives import Communicator
 from distmuon.errors import see
-from distmuon.optimizer import Muon
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def find_communicator(optimizer: Muon | None, process_group: ProcessGroup | None) -> Communicator:
+def find_communicator(
+    optimizer: Sharded | None, process_group: ProcessGroup | None
+) -> Communicator:
     """The ranks that save or load together.
 
     Args:
@@ -44,7 +46,7 @@ def find_communicator(optimizer: Muon | None, process_group: ProcessGroup | None
 
 
 def _check_optimizer(optimizer: object) -> None:
-    if optimizer is not None and not isinstance(optimizer, Muon):
+    if optimizer is not None and not isinstance(optimizer, Sharded):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}. Must be a distmuon.Muon, in no wrapper; "
             "a module goes into model=, the state of another optimizer into tensors=."

@@ -6,12 +6,15 @@ import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distmuon import Muon, checkpoint
+from distmuon import deepspeed as zero
 from distmuon.checkpoint import CheckpointError
+from distmuon.deepspeed import ZeroOrtho
 from distmuon.training.config import ConfigError
 from distmuon.training.metrics import Interval, Progress
 from distmuon.training.optimizers import load_whole_state, place_schedule, whole_state
@@ -31,23 +34,26 @@ def save_snapshot(trainer: Trainer, progress: Progress, path: Path, *, text: str
     Raises:
         ConfigError: on every rank, if it cannot be written; the earlier ones are still there.
     """
-    optimizer = trainer.optimizer
-    muon, name = isinstance(optimizer, Muon), trainer.config.optimizer.name
+    metadata = {
+        "config": asdict(trainer.config),
+        "progress": asdict(progress),
+        "schedule": {"last_epoch": trainer.schedule.last_epoch},
+        "text": text,
+    }
+    own, keep = _random_states(trainer.world), trainer.config.run.keep_latest or None
+    rest: dict[str, Any] = {"metadata": metadata, "rank_tensors": own, "keep_latest": keep}
     try:
+        if isinstance(trainer.optimizer, ZeroOrtho):
+            zero.save(path, trainer.engine.wrapped, **rest).wait()
+            return
+        optimizer = trainer.optimizer if isinstance(trainer.optimizer, Muon) else None
         checkpoint.save(
             path,
-            optimizer if isinstance(optimizer, Muon) else None,
+            optimizer,
             model=trainer.model,
-            metadata={
-                "config": asdict(trainer.config),
-                "progress": asdict(progress),
-                "schedule": {"last_epoch": trainer.schedule.last_epoch},
-                "text": text,
-            },
-            tensors=None if muon else whole_state(optimizer, trainer.model, name),
-            rank_tensors=_random_states(trainer.world),
+            tensors=None if optimizer else _whole_state(trainer),
             process_group=trainer.world.group,
-            keep_latest=trainer.config.run.keep_latest or None,
+            **rest,
         ).wait()
     except CheckpointError as error:
         raise ConfigError(
@@ -64,23 +70,14 @@ def load_snapshot(trainer: Trainer, path: Path) -> Progress:
         ConfigError: on every rank, if the checkpoint is damaged or of another model.
     """
     optimizer = trainer.optimizer
-    _settle_buckets(trainer)
     options = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     try:
-        loaded = checkpoint.load(
-            path,
-            optimizer if isinstance(optimizer, Muon) else None,
-            model=trainer.model,
-            process_group=trainer.world.group,
-        )
+        loaded = _load(trainer, path)
     except CheckpointError as error:
         raise ConfigError(f"run.resume: {error}", key="run.resume", entry="resume") from error
-    if not isinstance(optimizer, Muon):
-        name = trainer.config.optimizer.name
-        load_whole_state(optimizer, trainer.model, name, loaded.tensors)
     for group, mine in zip(optimizer.param_groups, options, strict=True):
         group.update(mine)
     saved = dict(loaded.metadata["progress"])
@@ -88,6 +85,24 @@ def load_snapshot(trainer: Trainer, path: Path) -> Progress:
     place_schedule(trainer.schedule, loaded.metadata["schedule"]["last_epoch"])
     _restore_random_states(trainer, loaded.rank_tensors, progress.step)
     return progress
+
+
+def _load(trainer: Trainer, path: Path) -> checkpoint.Loaded:
+    optimizer = trainer.optimizer
+    if isinstance(optimizer, ZeroOrtho):
+        return zero.load(path, trainer.engine.wrapped)
+    _settle_buckets(trainer)
+    muon = optimizer if isinstance(optimizer, Muon) else None
+    group = trainer.world.group
+    loaded = checkpoint.load(path, muon, model=trainer.model, process_group=group)
+    if muon is None:
+        name = trainer.config.optimizer.name
+        load_whole_state(optimizer, trainer.model, name, loaded.tensors)
+    return loaded
+
+
+def _whole_state(trainer: Trainer) -> dict[str, Tensor]:
+    return whole_state(trainer.optimizer, trainer.model, trainer.config.optimizer.name)
 
 
 def _settle_buckets(trainer: Trainer) -> None:

@@ -156,15 +156,22 @@ def start(case: Case, model: nn.Module | None = None) -> Any:
     return engine
 
 
-def train(engine: Any, case: Case, steps: range) -> None:
+def train(engine: Any, case: Case, steps: Sequence[int]) -> None:
     for step in steps:
         for micro in range(case.accumulation):
             engine.backward(loss_of(engine.module, batch(step, micro, dist.get_rank()), engine))
             engine.step()
 
 
-def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str, Tensor]:
+def reference(
+    case: Case,
+    steps: Sequence[int],
+    ranks: int | Sequence[int],
+    scales: Sequence[tuple[float, float]] | None = None,
+) -> dict[str, Tensor]:
     """The same steps in one process, by the one-process optimizer.
+
+    `scales` are what each step's losses are multiplied with, and what its gradients are divided by.
 
     Gradients are summed in DeepSpeed's order: rounding depends on it, and orthogonalization makes
     much of little where a gradient is nearly singular. In bf16, gradients are averaged in bf16 and
@@ -177,10 +184,11 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
         group["lr"] = LR if group["algorithm"] == "muon" else ADAM_LR
     optimizer = Muon(groups, **options)
     sizes = [ranks] * len(steps) if isinstance(ranks, int) else ranks
-    for step, world_size in zip(steps, sizes, strict=True):
+    pairs = scales or [(case.loss_scale, case.loss_scale)] * len(steps)
+    for step, world_size, (scale, divisor) in zip(steps, sizes, pairs, strict=True):
         grads = [
             [
-                _gradients(model, batch(step, micro, rank), case)
+                _gradients(model, batch(step, micro, rank), scale / case.accumulation)
                 for micro in range(case.accumulation)
             ]
             for rank in range(world_size)
@@ -191,7 +199,7 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
         else:
             total = _average([_add(row, case) for row in grads])
         for p, grad in zip(masters.parameters(), total, strict=True):
-            p.grad = grad.float() / case.loss_scale if p.requires_grad else None
+            p.grad = grad.float() / divisor if p.requires_grad else None
         if case.clip and case.stage == 0:
             nn.utils.clip_grad_norm_(masters.parameters(), case.clip)
         elif case.clip and case.fp32_sums:
@@ -205,10 +213,10 @@ def reference(case: Case, steps: range, ranks: int | Sequence[int]) -> dict[str,
     return parameters_of(model)
 
 
-def _gradients(model: nn.Module, tokens: Tensor, case: Case) -> list[Tensor]:
+def _gradients(model: nn.Module, tokens: Tensor, scale: float) -> list[Tensor]:
     """Of every parameter; zeros where there is none, as in a flat partition."""
     model.zero_grad()
-    (loss_of(model, tokens) / case.accumulation * case.loss_scale).backward()
+    (loss_of(model, tokens) * scale).backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 

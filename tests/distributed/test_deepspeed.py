@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon import Muon, build_param_groups, checkpoint
 from tests.distributed.deepspeed_ranks import (
     ADAM_LR,
     LR,
     Case,
+    Net,
     batch,
     deepspeed_world,
     farthest,
@@ -33,13 +38,10 @@ from tests.distributed.deepspeed_ranks import (
 )
 from tests.harness import run_ranks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None,
-        reason="needs DeepSpeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs DeepSpeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
+)
 
 LIMIT = 90.0
 ROOT = Path(__file__).parents[2]
@@ -105,18 +107,62 @@ def run_cases(names: list[str]) -> dict[str, tuple[float, str, float]]:
     return results
 
 
-def test_every_configuration_equals_one_process() -> None:
-    results = run_ranks(2, run_cases, list(CASES), timeout=LIMIT)
-    for result in results:
+@pytest.mark.parametrize("kinds", [("stage 0", "stage 1"), ("stage 2",), ("bf16",)])
+def test_every_configuration_equals_one_process(kinds: tuple[str, ...]) -> None:
+    names = [name for name in CASES if name.startswith(kinds)]
+    wrapped = {
+        "stage 0": "ZeroOrtho",
+        "stage 1": "DeepSpeedZeroOptimizer",
+        "bf16, stage 1": "DeepSpeedZeroOptimizer",
+        "bf16, BF16_Optimizer": "BF16_Optimizer",
+    }
+    for result in run_ranks(2, run_cases, names, timeout=LIMIT):
         # Rounding of the norm that is clipped is all that can differ in fp32.
-        far = {name: result[name][0] for name in CASES}
-        assert {name for name in CASES if far[name] > 1e-6} == set()
-        assert {name for name in CASES if CASES[name].dtype == BF16 and far[name] > 0.0} == set()
+        far = {name: result[name][0] for name in names}
+        assert {name for name in names if far[name] > 1e-6} == set()
+        assert {name for name in names if CASES[name].dtype == BF16 and far[name] > 0.0} == set()
         assert all(moved > 0.02 for _, _, moved in result.values())
-        wrappers = {name: wrapper for name, (_, wrapper, _) in result.items()}
-        assert wrappers["stage 0"] == "ZeroOrtho"
-        assert wrappers["bf16, stage 1"] == "DeepSpeedZeroOptimizer"
-        assert wrappers["bf16, BF16_Optimizer"] == "BF16_Optimizer"
+        wrappers = {name: wrapper for name, (_, wrapper, _) in result.items() if name in wrapped}
+        assert wrappers == {name: wrapped[name] for name in wrappers}
+
+
+SWITCHES = ("reduce_scatter", "overlap_comm", "contiguous_gradients", "round_robin_gradients")
+SHARED: dict[Any, dict[str, Tensor]] = {}
+
+
+def run_combinations(stage: int, dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, float]:
+    """Distance from the reference after two steps, of every combination of the other switches."""
+    results = {}
+    rest = OWN_CPU if "offload_optimizer" in zero else {}
+    with deepspeed_world():
+        for *on, accumulation, clip in itertools.product(
+            *[(False, True)] * len(SWITCHES), (1, 2), (0.0, 0.05)
+        ):
+            chosen = {**zero, **dict(zip(SWITCHES, on, strict=True))}
+            case = Case(stage, chosen, rest, accumulation, clip, dtype)
+            engine = start(case)
+            train(engine, case, range(2))
+            if (accumulation, clip) not in SHARED:
+                SHARED[accumulation, clip] = reference(case, range(2), dist.get_world_size())
+            far = farthest(parameters_of(engine.module), SHARED[accumulation, clip])
+            results[f"{chosen}, {accumulation=}, {clip=}"] = far
+            engine.destroy()
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [{}, OFFLOAD], ids=["device", "offload"])
+@pytest.mark.parametrize("alignment", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_combination_of_the_switches(
+    stage: int, dtype: torch.dtype, alignment: bool, offload: dict[str, Any]
+) -> None:
+    zero = {"parameter_alignment": alignment, **offload}
+    for far in run_ranks(2, run_combinations, stage, dtype, zero, timeout=2 * LIMIT):
+        assert len(far) == 64
+        bound = 1e-6 if dtype == torch.float32 else 0.0
+        assert {name: value for name, value in far.items() if value > bound} == {}
 
 
 HALF = {"fp16": {"enabled": True, "loss_scale": 256}}
@@ -127,9 +173,9 @@ HALF_CASES = {
 }
 
 
-def run_fp16() -> dict[str, float]:
-    """Distance from the reference in fp16, which DeepSpeed refuses on CPUs that are slow at it."""
-    results = {}
+@contextmanager
+def fp16_world() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on CPUs that are slow at it; this is told to a plug of its own."""
     with deepspeed_world():
         from deepspeed.accelerator import get_accelerator, set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -140,6 +186,28 @@ def run_fp16() -> dict[str, float]:
 
         before = get_accelerator()
         set_accelerator(SlowCPU())
+        yield
+        set_accelerator(before)
+
+
+# Doubled once more than two steps went without an overflow, halved at each.
+DYNAMIC = {
+    "fp16": {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 8,
+        "loss_scale_window": 2,
+        "hysteresis": 1,
+    }
+}
+
+
+def run_fp16() -> dict[str, float]:
+    """Distance from the reference."""
+    from distmuon.deepspeed import save
+
+    results = {}
+    with fp16_world():
         for name, case in HALF_CASES.items():
             engine = start(case)
             train(engine, case, range(3))
@@ -147,12 +215,41 @@ def run_fp16() -> dict[str, float]:
             results[name] = farthest(trained, reference(case, range(3), dist.get_world_size()))
             assert farthest(trained, parameters_of(make_model(case.dtype))) > 0.02
             engine.destroy()
-        set_accelerator(before)
+        for stage in (1, 2):
+            case = Case(stage, dtype=torch.float16, rest=DYNAMIC)
+            results[f"stage {stage}, dynamic"] = run_dynamic_scale(case)
+        said = message_of(lambda: save("nowhere", start(HALF_CASES["stage 1"])))
+        assert "loss scale of fp16" in said
     return results
+
+
+def run_dynamic_scale(case: Case) -> float:
+    """Seven steps, an overflow at the fourth on one rank; distance from the reference."""
+    engine = start(case)
+    scales = []
+    for step in range(7):
+        scales.append(float(engine.optimizer.cur_scale))
+        if step != 3:
+            train(engine, case, [step])
+            continue
+        before = snapshot(engine)
+        overflow(engine, step)
+        same = zip(before, snapshot(engine), strict=True)
+        assert all(torch.equal(one, other) for one, other in same)
+    scales.append(float(engine.optimizer.cur_scale))
+    assert scales == [256.0, 256.0, 256.0, 512.0, 256.0, 256.0, 256.0, 512.0]
+    steps = [step for step in range(7) if step != 3]
+    # DeepSpeed 0.19.8 doubles the scale first and then divides by it, under any optimizer.
+    pairs = [(scales[step], scales[step + 1]) for step in steps]
+    wanted = reference(case, steps, dist.get_world_size(), pairs)
+    far = farthest(parameters_of(engine.module), wanted)
+    engine.destroy()
+    return far
 
 
 def test_fp16_equals_one_process() -> None:
     for far in run_ranks(2, run_fp16, timeout=LIMIT):
+        assert len(far) == 5
         assert far.pop("stage 2, clip 0.05") <= 1e-6
         assert set(far.values()) == {0.0}
 
@@ -178,14 +275,19 @@ def snapshot(engine: Any) -> list[Tensor]:
     return [*kept, torch.tensor([optimizer.state[flat]["step"] for flat in flats])]
 
 
-def overflow(case: Case) -> tuple[bool, float]:
+def overflow(engine: Any, step: int) -> None:
+    """A step with an infinity on rank 1."""
+    loss = loss_of(engine.module, batch(step, 0, dist.get_rank()), engine)
+    engine.backward(loss * float("inf") if dist.get_rank() == 1 else loss)
+    engine.step()
+
+
+def run_overflow(case: Case) -> tuple[bool, float]:
     """Whether a step with an infinity on rank 1 changed nothing, and the distance afterwards."""
     engine = start(case)
     train(engine, case, range(2))
     before = snapshot(engine)
-    loss = loss_of(engine.module, batch(9, 0, dist.get_rank()))
-    engine.backward(loss * float("inf") if dist.get_rank() == 1 else loss)
-    engine.step()
+    overflow(engine, 9)
     after = snapshot(engine)
     same = all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     train(engine, case, range(2, 4))
@@ -197,7 +299,7 @@ def overflow(case: Case) -> tuple[bool, float]:
 def run_overflows() -> list[tuple[bool, float]]:
     cases = [CASES[name] for name in ("stage 1", "stage 2", "bf16, stage 2, clip 1.0")]
     with deepspeed_world():
-        return [overflow(case) for case in [*cases, CASES["bf16, BF16_Optimizer"]]]
+        return [run_overflow(case) for case in [*cases, CASES["bf16, BF16_Optimizer"]]]
 
 
 def test_an_overflow_on_one_rank_changes_nothing_on_any() -> None:
@@ -349,12 +451,7 @@ def save_and_resume(folder: str) -> dict[str, Any]:
             train(engine, case, range(3, 6))
             wanted = parameters_of(engine.module)
             engine.destroy()
-            torch.manual_seed(1)
-            model = make_model(case.dtype)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(1.0)
-            resumed = start(case, model)
+            resumed = start(case, other_weights(case.dtype))
             resumed.load_checkpoint(f"{folder}/{name}")
             train(resumed, case, range(3, 6))
             results[name] = farthest(parameters_of(resumed.module), wanted)
@@ -417,6 +514,101 @@ def test_resume_is_bit_exact_and_other_world_sizes_load(tmp_path: Path) -> None:
             # What is loaded is exact; steps on three ranks sum three gradients in gloo's order.
             assert all(far == 0.0 for name, far in result.items() if not name.endswith("on"))
             assert all(far <= 1e-6 for name, far in result.items() if "BF16" not in name), result
+
+
+PORTABLE = {
+    "stage 2": Case(
+        2,
+        {"round_robin_gradients": True, "parameter_alignment": True},
+        options={"momentum_key": "exp_avg"},
+    ),
+    "bf16": CASES["bf16, stage 2, clip 1.0"],
+    "BF16_Optimizer": CASES["bf16, BF16_Optimizer"],
+}
+
+
+def other_weights(dtype: torch.dtype) -> Net:
+    model = make_model(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    return model
+
+
+def save_and_load(folder: str) -> dict[str, Any]:
+    """Checkpoints of `distmuon.deepspeed.save`: distance after going on, and what is refused."""
+    from distmuon.deepspeed import load, save
+
+    results: dict[str, Any] = {}
+    with deepspeed_world():
+        for name, case in PORTABLE.items():
+            engine = start(case)
+            train(engine, case, range(2))
+            save(f"{folder}/{name}", engine, metadata={"done": 2})
+            train(engine, case, range(2, 4))
+            wanted = parameters_of(engine.module)
+            engine.destroy()
+            resumed = start(case, other_weights(case.dtype))
+            resumed.basic_optimizer.param_groups[0]["lr"] = 0.5
+            assert load(f"{folder}/{name}", resumed).metadata == {"done": 2}
+            train(resumed, case, range(2, 4))
+            results[name] = farthest(parameters_of(resumed.module), wanted)
+            resumed.destroy()
+        results["stage 0"] = message_of(lambda: save(folder, start(CASES["stage 0"])))
+        results["foreign"] = message_of(lambda: save(folder, start_foreign()))
+        results["uneven"] = load_uneven(f"{folder}/uneven")
+    return results
+
+
+def start_foreign() -> Any:
+    import deepspeed
+
+    model = make_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    return deepspeed.initialize(model=model, optimizer=sgd, config=Case(1).config)[0]
+
+
+def load_uneven(folder: str) -> str:
+    """What is said to a native run's state in which a parameter never had a gradient."""
+    from distmuon.deepspeed import load
+
+    model = make_model()
+    optimizer = Muon(build_param_groups(model), process_group=dist.group.WORLD)
+    loss_of(model, batch(0, 0, 0)).backward()
+    optimizer.step()
+    checkpoint.save(folder, optimizer, model=model)
+    engine = start(CASES["stage 1"])
+    weights = parameters_of(engine.module)
+    said = message_of(lambda: load(folder, engine))
+    assert farthest(parameters_of(engine.module), weights) == 0.0
+    return said
+
+
+def test_checkpoints_without_pickle_resume_to_the_bit(tmp_path: Path) -> None:
+    for result in run_ranks(2, save_and_load, str(tmp_path), timeout=LIMIT):
+        assert {name: result.pop(name) for name in PORTABLE} == dict.fromkeys(PORTABLE, 0.0)
+        assert "In stage 0 nothing is sharded: use engine.save_checkpoint" in result.pop("stage 0")
+        assert "The engine has a SGD" in result.pop("foreign")
+        assert "has 0 updates of unused." in result["uneven"]
+    for result in run_ranks(3, load_and_compare, str(tmp_path), timeout=LIMIT):
+        assert result == dict.fromkeys(PORTABLE, 0.0)
+
+
+def load_and_compare(folder: str) -> dict[str, float]:
+    """Distance of what is loaded, on however many ranks there are now, from what was saved."""
+    from distmuon.deepspeed import load
+
+    results = {}
+    with deepspeed_world():
+        for name, case in PORTABLE.items():
+            engine = start(case, other_weights(case.dtype))
+            load(f"{folder}/{name}", engine)
+            loaded = parameters_of(engine.module)
+            plain = replace(case, options={})
+            results[name] = farthest(loaded, reference(plain, range(2), 2))
+            train(engine, case, [2])  # the partitions are compared with the weights first
+            engine.destroy()
+    return results
 
 
 LOAD_UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -484,7 +676,7 @@ def run_training(folder: Path, engine: str) -> list[float]:
     script = "train.py" if engine == "native" else "train_deepspeed.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     files = ["--nproc-per-node=2", str(ROOT / "launch" / script)]
-    options = ["--config", str(ROOT / "configs/tiny.yaml"), f"run.dir={folder}", "run.save_every=0"]
+    options = ["--config", str(ROOT / "configs/tiny.yaml"), f"run.dir={folder}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*command, *files, *options, f"run.name={engine}", "train.log_every=1", "sample.length=0"],
@@ -496,6 +688,7 @@ def run_training(folder: Path, engine: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_training_run_has_the_same_losses_with_either_engine(tmp_path: Path) -> None:
     native, deepspeed = (run_training(tmp_path, engine) for engine in ("native", "deepspeed"))
     assert len(native) == len(deepspeed) == 20

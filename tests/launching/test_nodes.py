@@ -38,13 +38,11 @@ class Way:
         script: in launch/.
         told: what a user sets on machine `{number}` of two.
         package: that it needs.
-        overrides: of the run's configuration.
     """
 
     script: str
     told: Mapping[str, str]
     package: str = "torch"
-    overrides: tuple[str, ...] = ()
 
 
 FIXED = {"HEAD": "127.0.0.1", "PORT": "{port}", "NODE_RANK": "{number}"}
@@ -69,9 +67,7 @@ WAYS = {
         {**FIXED, "NNODES": "2", "SETTINGS": str(ROOT / "configs/accelerate/cpu.yaml")},
         "accelerate",
     ),
-    "deepspeed": Way(
-        "with_deepspeed.sh", {**FIXED, "HOSTFILE": "hosts"}, "deepspeed", ("run.save_every=0",)
-    ),
+    "deepspeed": Way("with_deepspeed.sh", {**FIXED, "HOSTFILE": "hosts"}, "deepspeed"),
 }
 
 
@@ -118,7 +114,7 @@ def two_machines(folder: Path, way: Way, *overrides: str) -> Iterator[tuple[Job,
     port = free_port_of_a_job()
     (folder / "rank.py").write_text(RANK)
     (folder / "hosts").write_text("first slots=1\nsecond slots=1\n")
-    arguments = (*TINY, *SAVING, *overrides, *way.overrides)
+    arguments = (*TINY, *SAVING, *overrides)
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(

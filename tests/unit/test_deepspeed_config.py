@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from distmuon import build_param_groups
+from distmuon import Muon, build_param_groups
 from distmuon.adapters.deepspeed import ZeroOrtho, check_config, tag
 from distmuon.adapters.deepspeed.by_name import TaggedZeroOrtho
 from distmuon.adapters.deepspeed.config_check import is_old
+from distmuon.adapters.deepspeed.partition import read_layout
+from distmuon.group_check import PLAIN_READING
 
 GOOD: dict[str, Any] = {
     "zero_allow_untested_optimizer": True,
@@ -51,6 +54,19 @@ def test_a_config_file_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({**GOOD, "zero_optimization": {"stage": 3}}))
     with pytest.raises(ValueError, match="stage is 3"):
         check_config(str(path))
+
+
+def test_what_is_no_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Invalid configuration of type int"):
+        check_config(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r'"zero_optimization" in the configuration is 2.*braces'):
+        check_config({"zero_optimization": 2})
+    with pytest.raises(ValueError, match=r"stage is '3'. Must be 0, 1 or 2"):
+        check_config({"zero_optimization": {"stage": "3"}})
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=r"broken.json is no JSON"):
+        check_config(broken)
 
 
 def test_a_named_optimizer_may_stand_in_the_config() -> None:
@@ -109,3 +125,92 @@ def test_normuon_is_refused_because_deepspeed_would_lose_its_state() -> None:
     group = {"params": [("w", nn.Parameter(torch.zeros(4, 4)))], "algorithm": "normuon"}
     with pytest.raises(ValueError, match=r"one value per row.*would lose it"):
         ZeroOrtho([group])
+
+
+NOT_HERE: list[tuple[str, Any, str]] = [
+    ("qk_clip", object(), "Use distmuon.Muon with DistributedDataParallel or Accelerate"),
+    ("diagnostics_every", 5, "measure with distmuon.Muon"),
+    ("process_group", object(), "DeepSpeed's own ranks are taken"),
+    ("layout", "auto", "ZeRO cuts the parameters"),
+    ("cost_model", object(), "ZeRO cuts the parameters"),
+    ("max_split", 2, "ZeRO cuts the parameters"),
+    ("split_dtype", "float16", "ZeRO cuts the parameters"),
+    ("reduce", "hook", "DeepSpeed averages the gradients"),
+    ("missing_grad", "zero", "DeepSpeed averages the gradients"),
+    ("nonfinite", "skip", "DeepSpeed averages the gradients"),
+    ("max_skips", 3, "DeepSpeed averages the gradients"),
+    ("publish_bytes", 1 << 20, '"allgather_bucket_size"'),
+    ("state_dict_kind", "sharded", "saves each rank's own part"),
+    ("check_desync_every", 100, "compare their setup"),
+    ("profile", "phases", '"wall_clock_breakdown": true'),
+    ("wire", "bfloat16", "in fp32"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "advice"), NOT_HERE, ids=[n for n, _, _ in NOT_HERE])
+def test_muons_other_arguments_are_refused_with_what_to_do(
+    name: str, value: object, advice: str
+) -> None:
+    groups = build_param_groups(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=f"{name} is not for DeepSpeed: .*{advice}"):
+        ZeroOrtho(groups, **{name: value})
+
+
+def test_every_argument_of_muon_is_taken_or_refused() -> None:
+    ours, here = (set(inspect.signature(each).parameters) for each in (Muon, ZeroOrtho))
+    assert ours - here - {"params"} == {name for name, _, _ in NOT_HERE}
+
+
+def test_what_is_turned_off_may_be_given() -> None:
+    groups = build_param_groups(nn.Linear(3, 3))
+    ZeroOrtho(groups, qk_clip=None, diagnostics_every=0, max_update_rms=1.0)
+    with pytest.raises(TypeError, match="Unknown argument 'learning_rate'"):
+        ZeroOrtho(groups, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("algorithm", ["lion", "torch.optim.SGD"])
+def test_a_companion_is_refused(algorithm: str) -> None:
+    group = {"params": [("w", nn.Parameter(torch.zeros(4, 4)))], "algorithm": algorithm}
+    with pytest.raises(ValueError, match=r"Inside DeepSpeed it must be one of"):
+        ZeroOrtho([group])
+
+
+def test_a_partition_elsewhere_than_its_parameters_is_refused() -> None:
+    """Offload keeps partitions in host memory; "meta" stands for any other device."""
+    named = [("w", nn.Parameter(torch.zeros(4, 6)))]
+    group = {**PLAIN_READING, "algorithm": "muon"}
+    layout, _ = read_layout(named, torch.zeros(12), 2, group)
+    assert layout.numel == 24
+    elsewhere = torch.zeros(12, device="meta")
+    with pytest.raises(ValueError, match=r"on meta, .* on cpu: .*Remove zero_optimization.offload"):
+        read_layout(named, elsewhere, 2, group)
+    moved = [("w", nn.Parameter(torch.zeros(4, 6, device="meta")))]
+    with pytest.raises(ValueError, match=r"on cpu, .* on meta: .*over meta cannot send"):
+        read_layout(moved, torch.zeros(12), 2, group)
+
+
+def test_groups_are_checked_as_muons_are() -> None:
+    layer = nn.Linear(3, 3)
+    norm = {"params": list(nn.LayerNorm(3).named_parameters()), "algorithm": "adamw"}
+    with pytest.raises(ValueError, match="No parameter is routed to Muon"):
+        ZeroOrtho([{"params": [], "algorithm": "muon"}, norm])
+    with pytest.raises(TypeError, match=r"Entry 0 of the groups is a Parameter. Must be a dict"):
+        ZeroOrtho(layer.parameters())  # type: ignore[arg-type]
+    twice = {"params": [("w", layer.weight)]}
+    with pytest.raises(ValueError, match="w is already in the optimizer as w"):
+        ZeroOrtho([twice, {**twice, "algorithm": "adamw"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"wave_bytes": 0}, r"wave_bytes=0. Must be >= 1"),
+        ({"wave_bytes": "64"}, "wave_bytes='64'. Must be an int"),
+        ({"momentum_key": "momentum"}, "Invalid momentum_key='momentum'"),
+        ({"lr": "fast"}, "Invalid lr='fast'"),
+        ({"betas": 0.9}, "Invalid betas=0.9"),
+    ],
+)
+def test_a_wrong_option_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        ZeroOrtho(build_param_groups(nn.Linear(3, 3)), **options)

@@ -12,7 +12,6 @@ from torch import nn
 
 from distmuon.adapters.deepspeed.config_check import check_config, check_version
 from distmuon.adapters.deepspeed.optimizer import ZeroOrtho
-from distmuon.errors import see
 from distmuon.layout import read_spec
 from distmuon.ownership import assign
 from distmuon.param_groups import BlocksByPattern, Decay, build_param_groups
@@ -60,12 +59,6 @@ def from_model(  # noqa: PLR0913 - build_param_groups' options beside its own
         TypeError: likewise.
     """
     check_version()
-    if options.pop("qk_clip", None) is not None:
-        raise ValueError(
-            "qk_clip is not done under DeepSpeed yet, which steps group by group: use "
-            "distmuon.Muon with DistributedDataParallel or Accelerate, or leave it out."
-            + see("deepspeed")
-        )
     if config is not None:
         check_config(config)
     groups = build_param_groups(

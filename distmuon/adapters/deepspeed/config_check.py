@@ -55,10 +55,17 @@ def check_config(config: Mapping[str, Any] | str | Path, *, by_name: bool = Fals
 
     Raises:
         ValueError: for the first entry that cannot be, saying what to change.
+        TypeError: if it is no configuration at all.
+        OSError: if the file cannot be read.
     """
-    entries = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
-    zero = entries.get("zero_optimization") or {}
-    if zero.get("stage", 0) == 3:
+    entries = _read(config)
+    zero = _section(entries, "zero_optimization")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int:
+        raise ValueError(
+            f"zero_optimization.stage is {stage!r}. Must be 0, 1 or 2." + see("deepspeed")
+        )
+    if stage == 3:
         raise ValueError(
             "zero_optimization.stage is 3: no optimizer sees whole matrices there, and a client "
             "Muon would silently train wrongly. Set it to 2; the optimizer state is sharded just "
@@ -70,7 +77,7 @@ def check_config(config: Mapping[str, Any] | str | Path, *, by_name: bool = Fals
             "it to false; distmuon.deepspeed.load_resharded loads on another number of ranks."
             + see("deepspeed")
         )
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    offload = _section(zero, "offload_optimizer").get("device", "none")
     if offload == "nvme":
         raise ValueError(
             'zero_optimization.offload_optimizer.device is "nvme". This optimizer\'s state is 1/N '
@@ -82,21 +89,46 @@ def check_config(config: Mapping[str, Any] | str | Path, *, by_name: bool = Fals
             'Set "zero_force_ds_cpu_optimizer": false beside it, or remove offload_optimizer.'
             + see("deepspeed")
         )
-    if int((entries.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1:
+    if int(_section(entries, "tensor_parallel").get("autotp_size", 0)) > 1:
         raise ValueError(
             "tensor_parallel.autotp_size is above 1: AutoTP cuts matrices, and Muon needs whole "
             "ones. Set it to 1." + see("deepspeed")
         )
-    if entries.get("optimizer") and not by_name:
+    optimizer = _section(entries, "optimizer")
+    if optimizer and not by_name:
         raise ValueError(
             'The configuration has an "optimizer" section of type '
-            f"{entries['optimizer'].get('type')!r}, which DeepSpeed ignores beside an optimizer "
+            f"{optimizer.get('type')!r}, which DeepSpeed ignores beside an optimizer "
             "that is handed to it. Remove the section; its lr and weight_decay go to from_model."
             + see("deepspeed")
         )
-    stage = zero.get("stage", 0)
     if stage > 0 and not by_name and not entries.get("zero_allow_untested_optimizer"):
         raise ValueError(
             "DeepSpeed takes an optimizer that it does not know only with "
             '"zero_allow_untested_optimizer": true. Add it to the configuration.' + see("deepspeed")
         )
+
+
+def _read(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    entries = config
+    if isinstance(config, (str, Path)):
+        try:
+            entries = json.loads(Path(config).read_text())
+        except ValueError as error:
+            raise ValueError(f"{config} is no JSON: {error}" + see("deepspeed")) from error
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            f"Invalid configuration of type {type(entries).__name__}. Must be a dictionary or the "
+            "path of a JSON file." + see("deepspeed")
+        )
+    return entries
+
+
+def _section(entries: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = entries.get(key)
+    if section is not None and not isinstance(section, Mapping):
+        raise ValueError(
+            f'"{key}" in the configuration is {section!r}. Must be a section in braces.'
+            + see("deepspeed")
+        )
+    return section or {}

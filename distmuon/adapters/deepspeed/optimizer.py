@@ -12,22 +12,26 @@ from typing_extensions import Unpack, override
 
 from distmuon import Muon, agreement
 from distmuon.adapters.deepspeed.partition import (
-    MomentumKey,
     Partition,
     compare_values,
     find_process_group,
     first_difference,
     new_state,
     open_partition,
-    refuse_companion,
+)
+from distmuon.adapters.deepspeed.refusals import (
+    MomentumKey,
+    check_momentum_key,
+    read_groups,
+    read_options_here,
     refuse_zero3,
 )
 from distmuon.adapters.deepspeed.stepping import prepare, settle, update
 from distmuon.collectives import Communicator
 from distmuon.errors import see
-from distmuon.group_check import PLAIN_READING, read_group, refuse_other_structure
-from distmuon.more_options import MoreOptions, complete
-from distmuon.options import ALGORITHMS, NsDtype, read_options
+from distmuon.group_check import PLAIN_READING, refuse_other_structure
+from distmuon.more_options import MoreOptions
+from distmuon.options import ALGORITHMS, NsDtype, Policy, read_options
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.plan import ExchangePlan
 from distmuon.report import Report, planned_loads
@@ -84,8 +88,8 @@ class ZeroOrtho(torch.optim.Optimizer):
             **more: As `distmuon.Muon`.
 
         Raises:
-            ValueError: for a value out of range, ZeRO-3 parameters, or a class name that DeepSpeed
-                would take for its own Muon.
+            ValueError: for a value out of range, an argument of `distmuon.Muon` that is not for
+                DeepSpeed, ZeRO-3 parameters, or a class name that it would take for its own Muon.
         """
         if "muon" in type(self).__name__.lower():
             raise ValueError(
@@ -94,6 +98,7 @@ class ZeroOrtho(torch.optim.Optimizer):
                 + see("deepspeed")
             )
         defaults: dict[str, Any] = {
+            "algorithm": "muon",
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -105,26 +110,17 @@ class ZeroOrtho(torch.optim.Optimizer):
             **PLAIN_READING,
             "betas": betas,
             "eps": eps,
-            **complete(more),
+            **read_options_here(more),
         }
-        plain: list[dict[str, Any]] = []
-        self._named: list[list[tuple[str, Tensor]]] = []
-        for index, group in enumerate(groups):
-            named = list(group["params"])
-            for name, parameter in named:
-                refuse_zero3(name, parameter)
-            refuse_companion({**defaults, **group}, index)
-            checked, _ = read_group({**group, "params": named}, index, defaults, {})
-            # step() sees one group at a time, with a checkpoint's keys: a number says which it is.
-            plain.append({**checked, "params": [p for _, p in named], "index": index})
-            self._named.append(named)
-        self._wave_numel = wave_bytes // 4
-        self.momentum_key: MomentumKey = momentum_key
+        plain, self._named = read_groups(groups, defaults)
+        self._wave_numel = Policy(wave_bytes=wave_bytes).wave_numel
+        self.momentum_key = check_momentum_key(momentum_key)
         self._partitions: dict[int, Partition] = {}
         self._communicators: dict[Any, Communicator] = {}
         self._replica: Muon | None = None
         self._open: Literal["no", "read", "checked"] = "no"
-        self._steps = self._calls = self._expected = self._flops = 0
+        self._calls = self._expected = self._flops = 0
+        self._updates: Counter[int] = Counter()  # of each group; a state may count earlier runs
         super().__init__(plain, defaults)
         # While DeepSpeed shows one group to step(), this list still has them all.
         self._all_groups: list[dict[str, Any]] = self.param_groups
@@ -171,13 +167,13 @@ class ZeroOrtho(torch.optim.Optimizer):
         else:
             # All groups agree before the first of them is touched.
             shown = [(self._partitions[group["index"]], group) for group in self.param_groups]
-            for ready in [prepare(partition, group) for partition, group in shown]:
-                state = self.state[ready.partition.bucket.shard.master]
+            for ready in [prepare(p, group, self.ensure_state(p)) for p, group in shown]:
+                state = self.ensure_state(ready.partition)
                 work = update(ready, state, self.momentum_key)
                 self._calls += work.matrices
                 self._flops += work.flops
                 self._expected += len(ready.partition.bucket.owned)
-                self._steps = max(self._steps, state["step"])
+                self._updates[ready.partition.number] += 1
         return loss
 
     @override
@@ -253,7 +249,7 @@ class ZeroOrtho(torch.optim.Optimizer):
         }
         first = self.communicator
         return Report(
-            steps=self._steps,
+            steps=max(self._updates.values(), default=0),
             skipped=0,
             rank=first.rank,
             world_size=first.world_size,

@@ -13,26 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon.adapters.deepspeed.refusals import MomentumKey, refuse_zero3
 from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
 from distmuon.collectives import Communicator
 from distmuon.errors import see
 from distmuon.exchange import Exchange
 from distmuon.layout import Layout, read_spec
-from distmuon.options import ALGORITHMS, Algorithm
+from distmuon.options import Algorithm
 from distmuon.ownership import assign_fixed
-from distmuon.shard import Range
+from distmuon.shard import FlatRange
 from distmuon.split_exchange import SplitExchange
 
 Named = Sequence[tuple[str, Tensor]]
 # What `Partition.place` says, and a group in a checkpoint with it.
 PLACE = ("names", "shapes", "offsets", "world_size", "shard_numel")
-MomentumKey = Literal["momentum_buffer", "exp_avg"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Partition:
     """
 
     number: int
-    bucket: Bucket[Range]
+    bucket: Bucket[FlatRange]
     communicator: Communicator
 
     @property
@@ -100,54 +100,6 @@ def find_process_group(named: Named) -> dist.ProcessGroup:
             )
     group: dist.ProcessGroup = named[0][1]._dp_group  # type: ignore[attr-defined]
     return group
-
-
-def refuse_zero3(name: str, parameter: Tensor) -> None:
-    """Refuse parameters that ZeRO-3 has partitioned.
-
-    Args:
-        name: FQN.
-        parameter: The parameter.
-
-    Raises:
-        ValueError: if it is ZeRO-3's.
-    """
-    if hasattr(parameter, "ds_id"):
-        raise ValueError(
-            f"{name} is partitioned by ZeRO-3, where no optimizer sees whole matrices and a "
-            'client Muon would silently train wrongly. Set "zero_optimization": {"stage": 2}; the '
-            "optimizer state is sharded just the same." + see("deepspeed-zero3")
-        )
-
-
-def refuse_companion(group: Mapping[str, Any], index: int) -> None:
-    """Refuse rules whose state DeepSpeed would not keep, and what only our own buffers can do.
-
-    Args:
-        group: A parameter group, its defaults filled in.
-        index: Its position, for the message.
-
-    Raises:
-        ValueError: if it has such a rule.
-    """
-    algorithm = group.get("algorithm", "muon")
-    seed = group["stochastic_rounding"]
-    if seed is not None:
-        raise ValueError(
-            f"Group {index} has stochastic_rounding={seed}. DeepSpeed keeps fp32 masters and "
-            "rounds them itself: leave it out, or use distmuon.Muon." + see("bad-option")
-        )
-    if algorithm == "normuon":
-        raise ValueError(
-            f"Group {index} has {algorithm=}, whose second moment has one value per row: DeepSpeed "
-            "saves and loads only state as long as its partition, and would lose it. Use "
-            'algorithm="muon" here, or NorMuon without DeepSpeed.' + see("bad-group")
-        )
-    if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"Group {index} has {algorithm=}. Inside DeepSpeed it must be one of {ALGORITHMS}."
-            + see("bad-group")
-        )
 
 
 def read_layout(
@@ -225,7 +177,9 @@ def open_partition(
     parameters = tuple(parameter for _, parameter in ordered)
     ownership = assign_fixed(layout) if algorithm == "muon" else None
     spec = BucketSpec(algorithm, parameters, (0,) * len(parameters), layout, ownership)
-    plan, shard = spec.plan(rank, wave_numel), Range(layout, rank, flat, {})
+    # The buffer that ZeRO made the parameters views of, as far as it is cut into partitions.
+    whole = parameters[0].detach().as_strided((layout.numel,), (1,))
+    plan, shard = spec.plan(rank, wave_numel), FlatRange(layout, rank, parameters, whole, flat, {})
     if plan is None:
         return Partition(group["index"], Bucket(spec, shard, None, None, None), communicator)
     split = SplitExchange(plan, communicator, torch.float32)  # assign_fixed splits nothing

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distmuon import agreement
-from distmuon.adapters.deepspeed.partition import MomentumKey, Partition, momentum_of
+from distmuon.adapters.deepspeed.partition import Partition, momentum_of
+from distmuon.adapters.deepspeed.refusals import MomentumKey
 from distmuon.buckets import STATE_NAMES
 from distmuon.collectives import Communicator
 from distmuon.diagnostics import Probe
@@ -29,12 +30,13 @@ class Ready(NamedTuple):
     grad: Tensor
 
 
-def prepare(partition: Partition, group: Mapping[str, Any]) -> Ready:
+def prepare(partition: Partition, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ready:
     """Settle on all ranks whether and how to update a partition. A collective.
 
     Args:
         partition: The group's partition.
         group: The `param_groups` entry as it is now.
+        state: The partition's.
 
     Returns:
         What to update it with; nothing has been changed yet.
@@ -44,6 +46,7 @@ def prepare(partition: Partition, group: Mapping[str, Any]) -> Ready:
         FloatingPointError: on every rank, if one has a gradient that is not finite.
     """
     options, grad, nonfinite, problem = None, None, None, None
+    partition.communicator.step = int(state["step"]) + 1
     try:
         options = read_options(group, partition.number)
         grad = partition.grad
@@ -103,17 +106,14 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> Wo
     """
     bucket, communicator = ready.partition.bucket, ready.partition.communicator
     present = [True] * len(bucket.spec.parameters)
-    # torch replaces the tensors of a state that it loads: they are looked up in every step.
-    bucket.shard.steps = [int(state["step"])] * len(present)
+    show_state(ready.partition, state, momentum_key)
     communicator.step = int(state["step"]) + 1
     work = Work(0, 0)
     try:
         if bucket.spec.algorithm == "muon":
-            bucket.shard.state = {"momentum_buffer": momentum_of(state, momentum_key)}
             nothing = PhaseClock(), Probe()
             work = muon_step(bucket, ready.grad, present, [ready.options], *nothing)
         else:
-            bucket.shard.state = {name: state[name] for name in STATE_NAMES["adamw"]}
             adamw_step(bucket, ready.grad, present, [ready.options], PhaseClock())
     except Exception as error:
         # The others are in the middle of the exchange and would wait for this rank.
@@ -121,3 +121,21 @@ def update(ready: Ready, state: dict[str, Any], momentum_key: MomentumKey) -> Wo
         raise
     state["step"] = communicator.step
     return work
+
+
+def show_state(partition: Partition, state: dict[str, Any], momentum_key: MomentumKey) -> None:
+    """Put a partition's state where the update rules and checkpoints look for it.
+
+    torch replaces the tensors of a state that it loads, so this is done each time.
+
+    Args:
+        partition: A partition.
+        state: Its state.
+        momentum_key: Name of Muon's momentum in it.
+    """
+    spec, shard = partition.bucket.spec, partition.bucket.shard
+    shard.steps = [int(state["step"])] * len(spec.parameters)
+    if spec.algorithm == "muon":
+        shard.state = {"momentum_buffer": momentum_of(state, momentum_key)}
+    else:
+        shard.state = {name: state[name] for name in STATE_NAMES["adamw"]}
