@@ -90,8 +90,9 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@echo "Installing the test tools, Accelerate and transformers into $(VENV)"
-	@$(PIP) -c constraints.txt --no-build-isolation --editable '.[train,hf,dev]'
+	@echo "Installing the test tools, Accelerate, transformers and DeepSpeed into $(VENV)"
+	@DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation \
+		--editable '.[train,hf,deepspeed,dev]'
 	@touch $@
 
 # Its one declared dependency no longer exists, hence --no-deps. Without it the run says so and

@@ -29,8 +29,6 @@ from tests.adapters.test_transformers import make_arguments, make_data, make_mod
 from tests.distributed.deepspeed_ranks import deepspeed_world
 from tests.harness import RankFailure, run_ranks
 
-pytestmark = pytest.mark.slow
-
 LIMIT = 120.0
 FOR_TRAINER = Path(__file__).parents[2] / "configs/deepspeed/zero2-trainer.json"
 STEPS, MICRO_BATCHES, CLIP, LR, ADAM_LR, DECAY = 20, 2, 0.5, 0.02, 0.005, 0.1
@@ -155,6 +153,7 @@ def run_trainer(trainer: Trainer, resume: str | None) -> tuple[list[float], list
     return [line["loss"] for line in logged], [line["learning_rate"] for line in logged]
 
 
+@pytest.mark.slow
 def test_a_trainer_with_deepspeed_has_the_losses_of_one_without(tmp_path: Path) -> None:
     native, lrs = run_ranks(2, trained, tmp_path, "native", timeout=LIMIT)[0]
     for kind in ("named", "built", "resumed"):
