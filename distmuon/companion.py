@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,11 @@ class Companion:
     counter: Counter
     elementwise: tuple[str, ...]
 
+    @property
+    def decays(self) -> bool:
+        """Whether it takes a weight decay."""
+        return _takes_decay(self.cls)
+
     def update_(
         self,
         param: Tensor,
@@ -70,14 +76,14 @@ class Companion:
             state: As `state_shapes` says, by name; updated in place.
             step: Number of this step, from 1.
             lr: Learning rate.
-            weight_decay: As the class takes it: decoupled, or added to the gradient.
+            weight_decay: As the class takes it, if it does: decoupled, or added to the gradient.
 
         Raises:
             ValueError: if it keeps other state than when it was tried.
         """
         parameter = nn.Parameter(param)
         parameter.grad = grad
-        optimizer = self.cls([parameter], lr=lr, weight_decay=weight_decay, **self.options)
+        optimizer = _make(self.cls, self.options, [parameter], lr, weight_decay)
         if step > 1:  # at the first one the class fills in what it starts from
             kept, count = optimizer.state[parameter], step - 1
             kept.update(state)
@@ -181,11 +187,30 @@ def _foresee(companion: Companion, shape: Shape) -> Mapping[str, Shape]:
         return dict.fromkeys(companion.elementwise, shape)
     parameter = nn.Parameter(torch.empty(shape, device="meta"))
     parameter.grad = torch.empty(shape, device="meta")
-    optimizer = companion.cls([parameter], lr=0.1, weight_decay=0.01, **companion.options)
+    optimizer = _make(companion.cls, companion.options, [parameter])
     # State is made first; then the arithmetic may ask for values, of which there are none.
     with suppress(Exception), torch.no_grad():
         optimizer.step()
     return {name: tuple(each.shape) for name, each in _tensors(optimizer, parameter).items()}
+
+
+def _make(
+    cls: Callable[..., torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    parameters: Sequence[nn.Parameter],
+    lr: float = 0.1,
+    weight_decay: float = 0.01,
+) -> torch.optim.Optimizer:
+    decay = {"weight_decay": weight_decay} if _takes_decay(cls) else {}
+    return cls(parameters, lr=lr, **decay, **options)
+
+
+@cache
+def _takes_decay(cls: Callable[..., torch.optim.Optimizer]) -> bool:
+    parameters = signature(cls).parameters
+    return "weight_decay" in parameters or any(
+        each.kind is each.VAR_KEYWORD for each in parameters.values()
+    )
 
 
 def _parse(algorithm: str) -> tuple[str, dict[str, Any]]:
@@ -223,7 +248,7 @@ def _together(
 ) -> tuple[list[Tensor], torch.optim.Optimizer]:
     """Values after a few steps as the class is meant to be used, and the optimizer."""
     parameters = [nn.Parameter(value) for value in _values(0)]
-    optimizer = cls(parameters, lr=0.1, weight_decay=0.01, **options)
+    optimizer = _make(cls, options, parameters)
     for step in range(1, _STEPS + 1):
         for parameter, grad in zip(parameters, _values(step), strict=True):
             parameter.grad = grad
@@ -238,7 +263,7 @@ def _kept_together(
     optimizer: torch.optim.Optimizer,
 ) -> list[str]:
     """What steps have changed in the group, the count of them aside."""
-    fresh = cls([nn.Parameter(torch.zeros(1))], lr=0.1, weight_decay=0.01, **options)
+    fresh = _make(cls, options, [nn.Parameter(torch.zeros(1))])
     (before,), (after,) = fresh.param_groups, optimizer.param_groups
     return sorted(
         key for key in after.keys() - {"params", "step"} if str(after[key]) != str(before.get(key))

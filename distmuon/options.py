@@ -248,12 +248,9 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
             f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
         )
     more = read_more(group, index)
-    if algorithm not in ALGORITHMS and more["decay_rule"] != "decoupled":
-        raise ValueError(
-            f"Invalid decay_rule={more['decay_rule']!r} in group {index}: {algorithm} decays its "
-            'parameters by itself. Set decay_rule="decoupled" in this group, or algorithm="adamw".'
-            + see("bad-option")
-        )
+    weight_decay = _number(group, "weight_decay", index)
+    if algorithm not in ALGORITHMS:
+        _check_decay(algorithm, weight_decay, more["decay_rule"], index)
     eps = _number(group, "eps", index)
     if algorithm == "normuon" and eps == 0:
         raise ValueError(
@@ -263,7 +260,7 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
     return GroupOptions(
         algorithm=algorithm,
         lr=_number(group, "lr", index),
-        weight_decay=_number(group, "weight_decay", index),
+        weight_decay=weight_decay,
         momentum=_number(group, "momentum", index, below=1.0),
         nesterov=nesterov,
         ns_coefficients=group["ns_coefficients"],
@@ -293,6 +290,19 @@ def _check_algorithm(algorithm: object, index: int) -> None:
         find_companion(algorithm)
     except ValueError as error:
         raise ValueError(with_entry(f"Group {index}: {error}", "bad-group")) from None
+
+
+def _check_decay(algorithm: str, weight_decay: float, decay_rule: DecayRule, index: int) -> None:
+    if decay_rule != "decoupled":
+        raise ValueError(
+            f"Invalid {decay_rule=} in group {index}: {algorithm} decays its parameters by itself. "
+            'Set decay_rule="decoupled" in this group, or algorithm="adamw".' + see("bad-option")
+        )
+    if weight_decay and not find_companion(algorithm).decays:
+        raise ValueError(
+            f"Invalid {weight_decay=} in group {index}: {algorithm} has no weight decay. Set "
+            "weight_decay=0 in this group." + see("bad-option")
+        )
 
 
 def _number(group: Mapping[str, Any], key: str, index: int, *, below: float = math.inf) -> float:

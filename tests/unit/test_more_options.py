@@ -155,6 +155,22 @@ def test_a_class_that_decays_by_itself_cannot_be_cautious() -> None:
         optimizer.step()
 
 
+def test_a_class_without_weight_decay_takes_none() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(4, 4))]},
+        {"params": [weight], "algorithm": "torch.optim.Rprop"},
+    ]
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1 in group 1: torch\.optim\.Rprop has"):
+        Muon(groups, weight_decay=0.1)
+    groups[1]["weight_decay"] = 0.0
+    optimizer = Muon(groups, lr=0.01)
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((4,), 0.99))
+
+
 def test_unknown_arguments_and_misspelt_keys_are_refused() -> None:
     parameter = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(TypeError, match="'decay_rul'"):
