@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from benchmarks.gpu_bench import Bench, Contestants, race
 from benchmarks.gpu_checks import CHECKS, newton_schulz_flops, run_check
+from benchmarks.gpu_rules import elementwise
 from distmuon import Muon
 from distmuon.kernels import symmetric
 from distmuon.kernels.symmetric import symmetric_backend
@@ -38,12 +38,31 @@ from distmuon.orthogonalize import orthogonalize
 KELLER = (3.4445, -4.7750, 2.0315)
 STACKS = ((24, 1024, 4096), (1, 4096, 4096), (1, 4096, 11008), (384, 2048, 7168))
 TINY_STACKS = ((2, 8, 32), (1, 8, 8))
+THEIRS = "torch.optim.Muon, bf16 compiled"
+GRAM = "gram-newton-schulz"
+
+
+class Goal(NamedTuple):
+    """What is aimed at for one shape.
+
+    Attributes:
+        share: Of the FLOP bound.
+        faster: Than torch.optim.Muon's compiled Newton-Schulz, by this factor.
+    """
+
+    share: float
+    faster: float
+
+
 GOALS = {
-    (24, 1024, 4096): 0.59,
-    (1, 4096, 4096): 0.70,
-    (1, 4096, 11008): 0.65,
-    (384, 2048, 7168): 0.65,
+    (24, 1024, 4096): Goal(0.59, 1.7),
+    (1, 4096, 4096): Goal(0.70, 1.25),
+    (1, 4096, 11008): Goal(0.65, 1.7),
+    (384, 2048, 7168): Goal(0.65, 1.7),
 }
+# A step beside fused AdamW's time plus the Newton-Schulz bound; beside a forward and backward pass
+# over so many tokens; Newton-Schulz beside gram-newton-schulz.
+MOST_OF_ADAMW, TOKENS, MOST_OF_PASSES, MOST_OF_GRAM = 1.15, 500_000, 0.03, 1.1
 TRIED_TILES = (
     *(tile for _, tile in TILES),
     Tile(128, 128, 64, warps=4, stages=4),
@@ -51,69 +70,6 @@ TRIED_TILES = (
     Tile(256, 128, 64, warps=8, stages=4),
     Tile(256, 64, 64, warps=8, stages=4),
 )
-Contestants = dict[str, Callable[[Tensor], object]]
-
-
-class Bench(NamedTuple):
-    """Where results go and how long there is.
-
-    Attributes:
-        device: What is measured.
-        out: One JSON line a result.
-        deadline: `time.monotonic()` at which no new section starts.
-    """
-
-    device: torch.device
-    out: Path
-    deadline: float
-
-    @property
-    def tiny(self) -> bool:
-        """Whether this only tests the code."""
-        return self.device.type == "cpu"
-
-    def record(self, section: str, **fields: Any) -> None:
-        """Write a result down and show it."""
-        line = json.dumps({"section": section, **fields})
-        with self.out.open("a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, by events where there is a GPU."""
-    if device.type == "cpu":
-        before = time.perf_counter()
-        call()
-        return time.perf_counter() - before
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def race(
-    contestants: Contestants, inputs: list[Tensor], device: torch.device, turns: int
-) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns, over inputs that take turns.
-
-    A contestant that fails is reported and left out.
-    """
-    times: dict[str, list[float]] = {}
-    for name, call in contestants.items():
-        try:
-            for x in inputs[:2]:
-                call(x)
-            times[name] = []
-        except Exception:
-            print(f"{name} failed:\n{traceback.format_exc(limit=3)}", file=sys.stderr)
-    for turn in range(turns):
-        for name in times:
-            x = inputs[turn % len(inputs)]
-            times[name].append(seconds(lambda call=contestants[name], x=x: call(x), device))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def machine(bench: Bench) -> float:
@@ -185,7 +141,9 @@ def products(bench: Bench) -> None:
 
 def torch_muon(bench: Bench) -> Callable[[Tensor], list[Tensor]]:
     """torch.optim.Muon's Newton-Schulz in bf16, compiled; it takes one matrix at a time."""
-    call = _zeropower_via_newtonschulz if bench.tiny else torch.compile(_zeropower_via_newtonschulz)
+    call: Callable[..., Tensor] = _zeropower_via_newtonschulz
+    if not bench.tiny:
+        call = torch.compile(call, dynamic=False)
     return lambda x: [call(matrix, KELLER, 5, 1e-7) for matrix in x]
 
 
@@ -204,58 +162,54 @@ def newton_schulz(bench: Bench, rate: float) -> None:
     contestants: Contestants = {
         "distmuon": orthogonalize,
         "distmuon, cuBLAS": with_backend("torch"),
-        "torch.optim.Muon, bf16 compiled": torch_muon(bench),
+        THEIRS: torch_muon(bench),
     }
     if importlib.util.find_spec("quack") and not bench.tiny:
         contestants["distmuon, quack"] = with_backend("quack")
-    if importlib.util.find_spec("gram_newton_schulz") and not bench.tiny:
-        try:
-            from gram_newton_schulz import GramNewtonSchulz
-
-            contestants["gram-newton-schulz"] = GramNewtonSchulz()
-        except Exception:  # its kernels need packages of their own
-            print(f"gram-newton-schulz failed:\n{traceback.format_exc(limit=3)}", file=sys.stderr)
+    if not bench.tiny:
+        contestants |= gram_newton_schulz()
     for shape in TINY_STACKS if bench.tiny else STACKS:
         count, m, n = shape
         large = count * m * n > 2**30
         inputs = [torch.randn(shape, device=bench.device) for _ in range(1 if large else 3)]
         times = race(contestants, inputs, bench.device, 3 if large or bench.tiny else 11)
-        flops = newton_schulz_flops(m, n, count)
-        ours = times["distmuon"]
+        bound = newton_schulz_flops(m, n, count) / rate
         bench.record(
-            "newton-schulz", shape=list(shape), bound_ms=1e3 * flops / rate,
-            share_of_bound=flops / rate / ours, goal=GOALS.get(shape),
+            "newton-schulz", shape=list(shape), bound_ms=1e3 * bound,
+            share_of_bound=bound / times["distmuon"], reached=reached(shape, bound, times),
             ms={name: 1e3 * t for name, t in times.items()},
-            faster_than={name: t / ours for name, t in times.items() if name != "distmuon"},
+            faster_than={n: t / times["distmuon"] for n, t in times.items() if n != "distmuon"},
         )  # fmt: skip
 
 
-def elementwise(bench: Bench) -> None:
-    """The update rules, in bytes per second, beside torch's own operations."""
-    count = 1000 if bench.tiny else 2**28
-    from distmuon import update_rules
+def gram_newton_schulz() -> Contestants:
+    """The peer that is installed, if it is; it scales its input in place, which changes nothing."""
+    if not importlib.util.find_spec("gram_newton_schulz"):
+        return {}
+    try:
+        from gram_newton_schulz import GramNewtonSchulz
 
-    other = torch.randn(count, device=bench.device)
-    inputs = [torch.randn(count, device=bench.device) for _ in range(2)]
+        with_kernels = importlib.util.find_spec("quack") is not None
+        name = GRAM if with_kernels else f"{GRAM}, cuBLAS"
+        return {name: GramNewtonSchulz(ns_use_kernels=with_kernels)}
+    except Exception:  # its kernels need packages of their own
+        print(f"{GRAM} failed:\n{traceback.format_exc(limit=3)}", file=sys.stderr)
+        return {}
 
-    def torch_momentum(x: Tensor) -> None:
-        other.lerp_(x, 0.05)
-        x.lerp_(other, 0.95)
 
-    times = race(
-        {
-            "momentum": lambda x: update_rules.momentum_(x, other, momentum=0.95, nesterov=True),
-            "momentum, torch": torch_momentum,
-            "apply": lambda x: update_rules.apply_(x, other, lr=1e-3, weight_decay=0.1),
-            "apply, torch": lambda x: x.mul_(0.9999).add_(other, alpha=-1e-3),
-        },
-        inputs, bench.device, 5 if bench.tiny else 15,
-    )  # fmt: skip
-    least = {"momentum": 16, "apply": 12}
-    bench.record(
-        "elementwise", numel=count, ms={name: 1e3 * t for name, t in times.items()},
-        least_terabytes_per_second={k: count * b / times[k] / 1e12 for k, b in least.items()},
-    )  # fmt: skip
+def reached(
+    shape: tuple[int, int, int], bound: float, times: dict[str, float]
+) -> dict[str, bool | None]:
+    """Which of a shape's goals are; None where the other did not run."""
+    goal, ours = GOALS.get(shape), times["distmuon"]
+    if goal is None:
+        return {}
+    theirs, gram = times.get(THEIRS), times.get(GRAM)
+    return {
+        f"{goal.share:.0%} of the bound": bound / ours >= goal.share,
+        f"{goal.faster}x {THEIRS}": None if theirs is None else theirs / ours >= goal.faster,
+        f"at most {MOST_OF_GRAM}x {GRAM}": None if gram is None else ours / gram <= MOST_OF_GRAM,
+    }
 
 
 def llama(bench: Bench, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -284,27 +238,43 @@ def step(bench: Bench, rate: float) -> None:
         for parameter in everything:
             parameter.grad = torch.randn_like(parameter)
         found: dict[str, dict[str, float]] = {}
-        for name in ("AdamW, fused", "distmuon", "distmuon, unchecked"):
+        names = ["AdamW, fused", "distmuon", "distmuon, unchecked"]
+        if dtype == torch.bfloat16:
+            names.append("distmuon, stochastic rounding")
+        for name in names:
             if not bench.tiny:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             before = 0 if bench.tiny else torch.cuda.memory_allocated()
             optimizer: torch.optim.Optimizer
+            groups: list[dict[str, Any]]
             if name.startswith("AdamW"):
                 optimizer = torch.optim.AdamW(everything, lr=1e-4, fused=True)
             else:
                 groups = [{"params": matrices}, {"params": rest, "algorithm": "adamw"}]
-                policy = "propagate" if "unchecked" in name else "raise"
-                optimizer = Muon(groups, lr=1e-4, nonfinite=policy)
+                optimizer = Muon(
+                    groups,
+                    lr=1e-4,
+                    nonfinite="propagate" if "unchecked" in name else "raise",
+                    stochastic_rounding=0 if "rounding" in name else None,
+                )
             times = race({name: lambda _, o=optimizer: o.step()}, [matrices[0]], bench.device, 7)
             peak = 0 if bench.tiny else torch.cuda.max_memory_allocated() - before
             found[name] = {"ms": 1e3 * times.get(name, float("nan")), "peak_extra_gb": peak / 1e9}
             del optimizer
         bound = 1e3 * flops / rate
-        goal = 1.15 * found["AdamW, fused"]["ms"] + bound
+        goal = MOST_OF_ADAMW * found["AdamW, fused"]["ms"] + bound
+        numel = sum(p.numel() for p in everything)
+        # Six FLOPs for each parameter and token. Real passes take longer: this is the strict way.
+        passes = 1e3 * 6 * numel * TOKENS / rate
+        ours = found["distmuon"]["ms"]
         bench.record(
-            "step", dtype=str(dtype), parameters=sum(p.numel() for p in everything),
-            newton_schulz_bound_ms=bound, goal_ms=goal, found=found,
+            "step", dtype=str(dtype), parameters=numel, newton_schulz_bound_ms=bound, goal_ms=goal,
+            forward_backward_bound_ms=passes, share_of_forward_backward=ours / passes, found=found,
+            reached={
+                f"{MOST_OF_ADAMW}x AdamW and the bound": ours <= goal,
+                f"{MOST_OF_PASSES:.0%} of the passes": ours / passes <= MOST_OF_PASSES,
+            },
         )  # fmt: skip
         del matrices, rest, everything
 

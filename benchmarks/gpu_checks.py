@@ -6,6 +6,7 @@ is tested where there is no GPU.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,8 +19,14 @@ from distmuon.kernels.symmetric import Backend, sym_gemm_norm, symmetric_backend
 from distmuon.orthogonalize import orthogonalize
 from distmuon.orthogonalize.api import stack_numel
 from distmuon.orthogonalize.coefficients import preset
+from distmuon.orthogonalize.policy import Method
+from distmuon.rounding import Piece, make_key, round_
 from tests.unit.orthogonalize.spectra import Known, largest_singular_value, relative_error
 
+FORMS: tuple[tuple[torch.dtype, Method], ...] = (
+    (torch.float16, "gram"),
+    (torch.bfloat16, "newton_schulz"),
+)
 HALF = (torch.float16, torch.bfloat16)
 # Relative errors to the exact polynomial, docs/numerics.md. bfloat16 cannot tell missing directions
 # from its own rounding of the input: there only the largest singular value is bounded.
@@ -32,7 +39,25 @@ BOUNDS = {
     (torch.bfloat16, "power_law"): 4e-2,
     (torch.bfloat16, "condition_1e2"): 6e-2,
 }
+# Parameters' dtype, and the seed of stochastic rounding.
+KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 0))
+# Few, because each takes kernels that have to be compiled.
+ODD_SIZES = ((17, 129), (129, 129), (1000, 3000))
 SIZES = ((1, 1), (17, 40), (129, 70), (768, 768), (1000, 3000), (1024, 4096), (2048, 1000))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill memory that torch hands out without values with NaNs, so that what is left is seen."""
+    with warnings.catch_warnings():
+        # Nothing else of this mode is wanted, and cuBLAS would like to be told so at the start.
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        try:
+            assert bool(torch.ones(1).new_empty(64).isnan().all()), "memory is not filled"
+            yield
+        finally:
+            torch.use_deterministic_algorithms(mode=False)
 
 
 def products_are_right(device: torch.device, sizes: tuple[tuple[int, int], ...] = SIZES) -> None:
@@ -42,7 +67,7 @@ def products_are_right(device: torch.device, sizes: tuple[tuple[int, int], ...] 
         for m, k in sizes:
             x = torch.randn(2, m, k + 3, device=device).to(dtype)
             for a in (x[..., :k], x[..., 1 : k + 1], x[..., :k].mT.contiguous().mT):
-                with symmetric_backend(backend):
+                with symmetric_backend(backend), poisoned():
                     product, norm = sym_gemm_norm(a, a.mT)
                     again, _ = sym_gemm_norm(a, a.mT)
                 exact = a.double() @ a.double().mT
@@ -71,10 +96,11 @@ def bounds_hold(device: torch.device, m: int = 1024, n: int = 1536) -> None:
     for kind in ("power_law", "condition_1e2", "condition_1e8", "rank_1", "rank_8"):
         known = Known(m, n, kind)
         image = known.image(preset("p5"))
-        for dtype, method in ((torch.float16, "gram"), (torch.bfloat16, "newton_schulz")):
+        for dtype, method in FORMS:
             for scale in (1.0, 2.0**-100, 2.0**100):
                 x = (known.matrix * scale).float().to(device)
-                update = orthogonalize(x, dtype=dtype, method=method)
+                with poisoned():
+                    update = orthogonalize(x, dtype=dtype, method=method)
                 again = orthogonalize(x, dtype=dtype, method=method)
                 assert torch.equal(update, again), (kind, dtype)
                 update = update.cpu().double()
@@ -82,6 +108,21 @@ def bounds_hold(device: torch.device, m: int = 1024, n: int = 1536) -> None:
                 assert float((update * known.matrix).sum()) > 0, (kind, dtype, scale)
                 error = relative_error(update, image)
                 assert error < BOUNDS.get((dtype, kind), torch.inf), (kind, dtype, error)
+
+
+def odd_sizes_stay_in_bounds(
+    device: torch.device, sizes: tuple[tuple[int, int], ...] = ODD_SIZES
+) -> None:
+    """Sizes that fill no tile, by the kernel, which `auto` leaves to cuBLAS."""
+    backend: Backend = "triton" if device.type == "cuda" else "torch"
+    for m, n in sizes:
+        known = Known(m, n, "condition_1e2")
+        image = known.image(preset("p5"))
+        for dtype, method in FORMS:
+            with symmetric_backend(backend), poisoned():
+                update = orthogonalize(known.matrix.float().to(device), dtype=dtype, method=method)
+            error = relative_error(update.cpu().double(), image)
+            assert error < BOUNDS[dtype, "condition_1e2"], (m, n, dtype, error)
 
 
 def batches_are_loops(device: torch.device, m: int = 1024, n: int = 2048) -> None:
@@ -110,7 +151,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def model_and_optimizer(
-    device: torch.device, dim: int, dtype: torch.dtype
+    device: torch.device, dim: int, dtype: torch.dtype, seed: int | None = None
 ) -> tuple[nn.Module, Muon]:
     """A few layers of two shapes, a norm and an embedding."""
     layers = [nn.Linear(dim, dim, bias=False) for _ in range(3)]
@@ -122,13 +163,13 @@ def model_and_optimizer(
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
     groups = [{"params": matrices}, {"params": rest, "algorithm": "adamw"}]
-    return model, Muon(groups, lr=1e-3, nonfinite="propagate")
+    return model, Muon(groups, lr=1e-3, nonfinite="propagate", stochastic_rounding=seed)
 
 
 def step_never_waits(device: torch.device, dim: int = 1024) -> None:
     """`step()` makes no host synchronization once kernels are checked and buffers allocated."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model, optimizer = model_and_optimizer(device, dim, dtype)
+    for dtype, seed in KINDS:
+        model, optimizer = model_and_optimizer(device, dim, dtype, seed)
         for step in range(4):
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
@@ -138,6 +179,53 @@ def step_never_waits(device: torch.device, dim: int = 1024) -> None:
             with no_waiting(device):
                 optimizer.step()
         assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def two_runs_have_the_same_bits(device: torch.device, dim: int = 1024) -> None:
+    """Whole steps, given the same gradients."""
+    for dtype, seed in KINDS:
+        found = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            model, optimizer = model_and_optimizer(device, dim, dtype, seed)
+            for _ in range(3):
+                for parameter in model.parameters():
+                    parameter.grad = torch.randn_like(parameter)
+                optimizer.step()
+            found.append([parameter.detach().clone() for parameter in model.parameters()])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), dtype
+
+
+def steps_are_those_of_the_cpu(device: torch.device, dim: int = 1024) -> None:
+    """Parameters move as on a CPU, within what half precision and the presets differ by."""
+    starts, ends = [], []
+    for where in (torch.device("cpu"), device):
+        torch.manual_seed(2)
+        model, optimizer = model_and_optimizer(torch.device("cpu"), dim, torch.float32)
+        model.to(where)  # before the first step, which makes the buffers
+        starts.append([p.detach().cpu().clone() for p in model.parameters()])
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = (1e-9 * torch.randn(parameter.shape)).to(where)
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in model.parameters()])
+    for start, expected, found in zip(starts[0], *ends, strict=True):
+        error = float((found - expected).norm() / (expected - start).norm())
+        assert error < 0.05, (list(start.shape), error)
+
+
+def rounding_has_the_bits_of_the_cpu(device: torch.device, count: int = 3_000_017) -> None:
+    """Stochastic rounding draws the same bits on every device."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(count, generator=generator)
+    value[:3] = torch.tensor([torch.nan, torch.inf, -0.0])
+    pieces = [Piece(0, 1000, 5, make_key(0, "a", 1)), Piece(1000, count, 0, make_key(0, "b", 2))]
+    expected = torch.empty(count, dtype=torch.bfloat16)
+    round_(expected, value, pieces)
+    found = torch.empty(count, dtype=torch.bfloat16, device=device)
+    round_(found, value.to(device), pieces)
+    assert torch.equal(found.cpu()[1:], expected[1:])
+    assert bool(found[0].isnan())
 
 
 def a_graph_replays_it(device: torch.device, m: int = 1024, n: int = 4096) -> None:
@@ -174,8 +262,12 @@ CHECKS: tuple[Callable[[torch.device], None], ...] = (
     products_are_right,
     update_rules_are_right,
     bounds_hold,
+    odd_sizes_stay_in_bounds,
     batches_are_loops,
     step_never_waits,
+    two_runs_have_the_same_bits,
+    steps_are_those_of_the_cpu,
+    rounding_has_the_bits_of_the_cpu,
     a_graph_replays_it,
     memory_is_bounded,
 )
@@ -183,7 +275,11 @@ TINY: dict[str, dict[str, object]] = {
     "products_are_right": {"sizes": ((1, 1), (17, 40))},
     "bounds_hold": {"m": 24, "n": 40},
     "batches_are_loops": {"m": 12, "n": 20},
+    "odd_sizes_stay_in_bounds": {"sizes": ODD_SIZES[:2]},
     "step_never_waits": {"dim": 16},
+    "two_runs_have_the_same_bits": {"dim": 16},
+    "steps_are_those_of_the_cpu": {"dim": 16},
+    "rounding_has_the_bits_of_the_cpu": {"count": 2000},
 }
 """Sizes for a run on the CPU."""
 
