@@ -90,6 +90,16 @@ def test_the_public_function_takes_any_size(size: tuple[int, int], dtype: torch.
     assert all(symmetric._trusted.values())
 
 
+def test_a_large_matrix_that_fills_no_tile() -> None:
+    x = torch.randn(1, 1000, 3000).half()
+    tile = tile_for(1000)
+    out, square = launch_poisoned(x, x.mT, None, tile, [1.0], [0.0])
+    exact = torch.bmm(x.float(), x.float().mT).double()
+    assert_right(out, exact, torch.float16)
+    norm = square.double().sum(1).sqrt()
+    torch.testing.assert_close(norm, exact.norm()[None], rtol=1e-4, atol=0)
+
+
 def test_operands_may_lie_in_memory_in_any_way() -> None:
     whole = torch.randn(2, 50, 3, 37).half()
     tall = torch.randn(41, 19).half()
@@ -199,6 +209,23 @@ def test_orthogonalization_stays_within_its_bounds(dtype: torch.dtype, kind: str
     error = relative_error(update, known.image(preset("p5")))
     assert error < BOUNDS.get((dtype, kind), torch.inf)
     assert all(symmetric._trusted.values())
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [((1, 17), torch.float16), ((17, 129), torch.float16), ((129, 130), torch.bfloat16)],
+)
+def test_odd_sizes_stay_within_bounds_whatever_the_scale_and_twice_alike(
+    size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    method = "gram" if dtype == torch.float16 else "newton_schulz"
+    known = Known(*size, "condition_1e2")
+    small, large = (
+        orthogonalize((known.matrix * scale).float(), method=method, dtype=dtype)
+        for scale in (2.0**-100, 2.0**100)
+    )
+    assert torch.equal(small, large), "scales are powers of two: the same products"
+    assert relative_error(large, known.image(preset("p5"))) < BOUNDS[dtype, "condition_1e2"]
 
 
 # Products, memory for them, views of them; and copies, which the interpreter makes of arguments.
