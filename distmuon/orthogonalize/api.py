@@ -202,7 +202,9 @@ def _one(x: Tensor, plan: _Plan, largest: Tensor | None = None) -> tuple[Tensor,
     """One matrix [m, n] and a flag, or a batch computed as one and a flag for each."""
     amax = largest_entry(x) if largest is None else largest
     finite = is_finite(amax)
-    scaled = prescale(x, amax)
+    # float16 is scaled once more before it is rounded to, LAPACK has no half precision.
+    at_once = plan.dtype == torch.bfloat16 and plan.method not in _EXACT
+    scaled = prescale(x, amax, plan.dtype if at_once else None)
     if plan.nonfinite == "zero" or plan.uses_lapack:
         # LAPACK raises on NaN or loses it, and inf * 0 is NaN: only a selection removes them.
         scaled = torch.where(finite, scaled, 0.0)

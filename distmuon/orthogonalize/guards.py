@@ -40,7 +40,7 @@ def power_of_two(amax: Tensor) -> Tensor:
     return power.add_(amax * 0)
 
 
-def prescale(x: Tensor, amax: Tensor) -> Tensor:
+def prescale(x: Tensor, amax: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Copy x into fresh contiguous memory, its largest entry brought near 1 by a power of two.
 
     Everything computed from the copy is independent of the input's memory: matrix products round
@@ -50,13 +50,14 @@ def prescale(x: Tensor, amax: Tensor) -> Tensor:
     Args:
         x: [..., m, n] floating point. Not modified.
         amax: [..., 1, 1], the largest absolute value of each matrix.
+        dtype: Of the result, rounded to once; None for one without rounding.
 
     Returns:
-        [..., m, n] contiguous, float32 or, for a float64 input, float64. Zero where amax is zero,
-        NaN where amax is not finite.
+        [..., m, n] contiguous, by default in float32 or, for a float64 input, float64. Zero where
+        amax is zero, NaN where amax is not finite.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = torch.empty(x.shape, dtype=wide, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or wide, device=x.device)
     return torch.mul(x, power_of_two(amax.to(wide)), out=out)
 
 
