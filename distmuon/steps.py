@@ -99,7 +99,7 @@ def _average_(
     """
     plan, buffer = bucket.plan, bucket.shard.state["momentum_buffer"]
     assert plan is not None, "a Muon bucket has a plan"
-    if not elementwise.takes(update, buffer):
+    if not elementwise.takes_apart(len(plan.segments), update, buffer):
         for group, _, start, stop in runs:
             update_rules.momentum_(
                 update[start:stop],

@@ -15,6 +15,8 @@ from distmuon.errors import see
 from distmuon.kernels.symmetric import triton_is_usable
 
 _trusted: dict[torch.device, bool] = {}
+# Elements of a piece that pay for a launch, on average: about a megabyte. Not yet measured.
+_LEAST_PIECE = 2**18
 _COUNT = 5000
 _TOLERANCE = 1e-5
 
@@ -35,6 +37,18 @@ def takes(*tensors: Tensor) -> bool:
             return False  # the check waits for the device, which a graph cannot
         _trusted[device] = _check(device)
     return _trusted[device]
+
+
+def takes_apart(pieces: int, *tensors: Tensor) -> bool:
+    """Whether tensors may be updated by the fused kernels, and best piece by piece.
+
+    A call for each matrix finds its largest entry; for small ones that costs more than it spares.
+
+    Args:
+        pieces: How many calls that would be.
+        tensors: As for `takes`.
+    """
+    return tensors[0].numel() >= pieces * _LEAST_PIECE and takes(*tensors)
 
 
 def momentum_(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmuon import Muon, exchange
-from distmuon.kernels import elementwise
+from distmuon.kernels import elementwise, elementwise_triton
 from distmuon.kernels.symmetric import symmetric_backend
 from distmuon.orthogonalize import api
 
@@ -31,6 +31,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return look(x)
 
     monkeypatch.setattr(elementwise, "takes", takes)
+    monkeypatch.setattr(elementwise, "_LEAST_PIECE", 1)
     monkeypatch.setattr(api, "largest_entry", largest_entry)
     for module in (api, exchange):
         monkeypatch.setattr(module, "stack_numel", lambda device: 2**20)
@@ -70,6 +71,22 @@ def test_a_step_by_kernels_is_the_step_by_torch(
     for name, value in expected.items():
         # Updates of RMS 0.2 times lr: float16 products are within 1e-2 of others.
         torch.testing.assert_close(found[name], value, rtol=0, atol=3e-3, msg=name)
+
+
+def test_small_matrices_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, launched = as_on_a_gpu(monkeypatch), []
+    launch = elementwise_triton.launch_momentum
+
+    def count(grad: Tensor, buffer: Tensor, **options: Any) -> None:
+        launched.append(grad.numel())
+        launch(grad, buffer, **options)
+
+    monkeypatch.setattr(elementwise, "_LEAST_PIECE", 2**18)
+    monkeypatch.setattr(elementwise_triton, "launch_momentum", count)
+    with symmetric_backend("torch"):
+        train()
+    assert len(launched) == 1 + 2, "a run for each step; one step has a gap in the middle"
+    assert looked
 
 
 def test_blocks_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
