@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import subprocess
 import sys
@@ -279,6 +280,21 @@ def step(bench: Bench, rate: float) -> None:
         del matrices, rest, everything
 
 
+def summarize(out: Path) -> list[str]:
+    """Every aim in a line, with what became of it.
+
+    Args:
+        out: The results.
+    """
+    words = {True: "reached", False: "MISSED", None: "not tried"}
+    lines = []
+    for entry in map(json.loads, out.read_text().splitlines()):
+        place = entry.get("shape", entry.get("dtype"))
+        for aim, is_reached in entry.get("reached", {}).items():
+            lines.append(f"{words[is_reached]}: {entry['section']} {place}: {aim}")
+    return lines
+
+
 def main() -> int:
     """Run all sections."""
     parser = argparse.ArgumentParser(
@@ -320,6 +336,7 @@ def main() -> int:
             traceback.print_exc()
         if not bench.tiny:
             torch.cuda.empty_cache()
+    print(*summarize(arguments.out), sep="\n")
     print("all checks passed" if fine else "SOME CHECKS FAILED, see above", flush=True)
     return 0 if fine else 1
 

@@ -228,20 +228,21 @@ def rounding_has_the_bits_of_the_cpu(device: torch.device, count: int = 3_000_01
     assert bool(found[0].isnan())
 
 
-def a_graph_replays_it(device: torch.device, m: int = 1024, n: int = 4096) -> None:
+def a_graph_replays_it(device: torch.device, m: int = 1024) -> None:
     """`orthogonalize` can be captured in a CUDA graph; replays give the bits of a plain call."""
     if device.type != "cuda":
         return
-    x = torch.randn(4, m, n, device=device)
-    expected = orthogonalize(x)  # checks the kernels, which a capture cannot
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = orthogonalize(x)
-    for _ in range(2):
-        x.copy_(torch.randn_like(x))
-        expected = orthogonalize(x)
-        graph.replay()
-        assert torch.equal(captured, expected)
+    for n in (m, 4 * m):  # the plain form, and that on the Gram matrix
+        x = torch.randn(4, m, n, device=device)
+        expected = orthogonalize(x)  # checks the kernels, which a capture cannot
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = orthogonalize(x)
+        for _ in range(2):
+            x.copy_(torch.randn_like(x))
+            expected = orthogonalize(x)
+            graph.replay()
+            assert torch.equal(captured, expected), n
 
 
 def memory_is_bounded(device: torch.device, m: int = 2048, n: int = 4096) -> None:

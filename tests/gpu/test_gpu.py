@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_checks
+from benchmarks import gpu, gpu_checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +49,25 @@ def test_the_benchmark_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
         "machine", "checks", "products", "newton-schulz", "elementwise", "step",
     }  # fmt: skip
     assert all(line["passed"] for line in lines if line["section"] == "checks")
+    assert {line["rule"] for line in lines if line["section"] == "elementwise"} == {
+        "momentum", "apply", "adamw",
+    }  # fmt: skip
+    assert done.stdout.count(": step torch.") == 4, "two aims of two dtypes"
+
+
+def test_aims_are_told_as_reached_missed_or_not_tried(tmp_path: Path) -> None:
+    shape, bound = (1, 4096, 4096), 1.8e-3
+    times = {"distmuon": 2.4e-3, gpu.THEIRS: 2.9e-3}
+    found = gpu.reached(shape, bound, times)
+    assert list(found.values()) == [True, False, None]
+    out = tmp_path / "gpu.jsonl"
+    out.write_text(json.dumps({"section": "newton-schulz", "shape": shape, "reached": found}))
+    first, second, third = gpu.summarize(out)
+    assert first == "reached: newton-schulz [1, 4096, 4096]: 70% of the bound"
+    assert second.startswith("MISSED: newton-schulz")
+    assert third.startswith("not tried: ")
+    assert third.endswith("gram-newton-schulz")
+    assert gpu.reached((2, 8, 32), bound, times) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
