@@ -121,7 +121,7 @@ def main() -> None:
     estimated = estimate_memory(
         source.model,
         world_size=arguments.ranks,
-        weight_decay=source.weight_decay,
+        groups=source.groups,
         options=source.options,
     )
     print("| optimizer | held, estimated | measured | most in a step, estimated | measured |")

@@ -10,7 +10,6 @@ from distmuon.cli.model_options import (
     MODEL_HELP,
     add_model_options,
     read_cost_model,
-    read_overrides,
     read_source,
     without_collecting,
 )
@@ -98,9 +97,7 @@ def _estimate(options: argparse.Namespace) -> dict[Kind, Memory]:
                 source.model,
                 world_size=options.world_size,
                 cost_model=cost_model,
-                weight_decay=source.weight_decay,
-                overrides=read_overrides(options),
-                matrices=source.matrices,
+                groups=source.groups,
                 options=source.options,
             )
         except (TypeError, ValueError) as error:

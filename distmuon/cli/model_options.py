@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="send parameters to muon or adamw, as overrides= of build_param_groups; repeatable",
     )
     parser.add_argument(
+        "--blocks",
+        action="append",
+        default=[],
+        metavar="PATTERN=N",
+        help="cut fused matrices into N equal row blocks, or into rows N,N,...; repeatable",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=("moonlight", "kimi_k2", "keller", "normuon"),
+        help="take the options of a preset of distmuon.recipes",
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="whose rates to plan with (default: see below)"
     )
     parser.add_argument(
@@ -94,6 +106,7 @@ def read_source(options: argparse.Namespace) -> Source:
 
     import torch
 
+    from distmuon import recipes
     from distmuon.forecast.sources import SourceError, open_source
 
     try:
@@ -102,7 +115,12 @@ def read_source(options: argparse.Namespace) -> Source:
         raise CommandError(str(error)) from error
     if options.dtype is not None:
         source.model.to(getattr(torch, options.dtype))
-    chosen: dict[str, Any] = {
+    groups, chosen = dict(source.groups), dict(source.options)
+    if options.recipe is not None:
+        recipe = getattr(recipes, options.recipe)()
+        groups, chosen = groups | recipe.groups, chosen | recipe.optimizer
+    groups |= {"overrides": _read_overrides(options.override), "blocks": _read_cuts(options.blocks)}
+    chosen |= {
         "layout": options.layout,
         "max_split": options.max_split,
         "split_dtype": options.split_dtype,
@@ -112,27 +130,30 @@ def read_source(options: argparse.Namespace) -> Source:
     }
     if options.adjust_lr_fn is not None:
         chosen["adjust_lr_fn"] = options.adjust_lr_fn
-    return replace(source, options={**source.options, **chosen})
+    return replace(source, groups=groups, options=chosen)
 
 
-def read_overrides(options: argparse.Namespace) -> dict[str, str]:
-    """Read `--override`.
-
-    Args:
-        options: The parsed command line.
-
-    Returns:
-        Rules by pattern.
-
-    Raises:
-        CommandError: for one without an equals sign.
-    """
+def _read_overrides(texts: Sequence[str]) -> dict[str, str]:
     found = {}
-    for text in options.override:
+    for text in texts:
         pattern, equals, rule = text.rpartition("=")
         if not equals:
             raise CommandError(f"--override {text}: expected PATTERN=muon or PATTERN=adamw.")
         found[pattern] = rule
+    return found
+
+
+def _read_cuts(texts: Sequence[str]) -> dict[str, int | tuple[int, ...]]:
+    found: dict[str, int | tuple[int, ...]] = {}
+    for text in texts:
+        pattern, _, sizes = text.rpartition("=")
+        numbers = tuple(int(each) for each in sizes.split(",") if each.isdecimal())
+        if not pattern or len(numbers) != sizes.count(",") + 1:
+            raise CommandError(
+                f"--blocks {text}: expected PATTERN=N or PATTERN=N,N,..., such as "
+                "'*.gate_up_proj.weight=2'."
+            )
+        found[pattern] = numbers if len(numbers) > 1 else numbers[0]
     return found
 
 

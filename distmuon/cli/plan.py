@@ -11,7 +11,6 @@ from distmuon.cli.model_options import (
     MODEL_HELP,
     add_model_options,
     read_cost_model,
-    read_overrides,
     read_source,
     without_collecting,
 )
@@ -95,9 +94,7 @@ def _forecast(options: argparse.Namespace) -> tuple[Forecast, str]:
                 source.model,
                 world_size=options.world_size,
                 cost_model=cost_model,
-                weight_decay=source.weight_decay,
-                overrides=read_overrides(options),
-                matrices=source.matrices,
+                groups=source.groups,
                 options=source.options,
             )
         except (TypeError, ValueError) as error:

@@ -17,9 +17,9 @@ _OWNERS_NAMED = 4
 _EVERY_RANK = "every rank its range"
 _NAMES = {"muon": "Muon", "normuon": "NorMuon", "adamw": "AdamW"}
 _KINDS = {
-    "muon": "momentum",
-    "normuon": "momentum and row moments",
-    "adamw": "AdamW moments",
+    "muon": ("momentum",),
+    "normuon": ("momentum", "row moments"),
+    "adamw": ("AdamW moments",),
 }
 
 # How the kinds of `Report.bytes_sent` are grouped for a reader.
@@ -175,8 +175,9 @@ def _totals(rows: Sequence[Row]) -> str:
     dtypes = "/".join(sorted({row.dtype for row in rows}))
     matrices = sum(len(row.owners) for row in rows)
     ours = numel("muon") + numel("normuon")
+    name = "NorMuon" if numel("normuon") else "Muon"
     text = (
-        f"{sum(row.numel for row in rows):,} in {dtypes}: {ours:,} by Muon in "
+        f"{sum(row.numel for row in rows):,} in {dtypes}: {ours:,} by {name} in "
         f"{matrices:,} matrices, {numel('adamw'):,} by AdamW"
     )
     frozen = numel("frozen")
@@ -190,9 +191,10 @@ def _state(buffers: Sequence[Buffer]) -> str:
 
 
 def _kinds(buffer: Buffer) -> str:
-    kinds = _KINDS.get(buffer.algorithm, "companion state")
+    kinds = _KINDS.get(buffer.algorithm, ("companion state",))
     narrow = buffer.dtype in ("bfloat16", "float16")
-    return f"{kinds} and master weights" if narrow else kinds
+    *first, last = (*kinds, "master weights") if narrow else kinds
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _times(forecast: Forecast) -> list[str]:

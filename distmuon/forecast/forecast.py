@@ -27,7 +27,6 @@ from distmuon.forecast.traffic import (
 )
 from distmuon.layout import read_spec
 from distmuon.options import MATRIX_ALGORITHMS, GroupOptions, Policy, read_options
-from distmuon.param_groups import MatrixRule
 from distmuon.update_rules import shape_factor
 
 
@@ -180,9 +179,7 @@ def make_forecast(
     *,
     world_size: int,
     cost_model: CostModel,
-    weight_decay: float = 0.1,
-    overrides: Mapping[str, str] | None = None,
-    matrices: MatrixRule = "muon",
+    groups: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Forecast:
     """Let the optimizer plan for a model as it would on real ranks, without any.
@@ -192,10 +189,8 @@ def make_forecast(
         model: On any device; only names, shapes and dtypes are read.
         world_size: Ranks, at least 1.
         cost_model: Rates to plan and to predict with.
-        weight_decay: As for `build_param_groups`.
-        overrides: Likewise.
-        matrices: Likewise.
-        options: Arguments of `Muon`.
+        groups: Keyword arguments of `build_param_groups`.
+        options: Of `Muon`.
 
     Returns:
         The forecast.
@@ -204,11 +199,9 @@ def make_forecast(
         ValueError: as `build_param_groups` and `Muon`, or if `world_size` is below 1.
         TypeError: as these.
     """
-    groups = build_param_groups(
-        model, weight_decay=weight_decay, overrides=overrides, matrices=matrices
-    )
-    reasons = [reason for group in groups for reason in group["reasons"]]
-    optimizer = Muon(groups, **{**(options or {}), "cost_model": cost_model})
+    built = build_param_groups(model, **(groups or {}))
+    reasons = [reason for group in built for reason in group["reasons"]]
+    optimizer = Muon(built, **{**(options or {}), "cost_model": cost_model})
     policy = optimizer.policy
     specs = specify(optimizer.param_groups, optimizer.parameter_names, world_size, policy)
     named = dict(zip(optimizer.parameter_names.values(), reasons, strict=True))

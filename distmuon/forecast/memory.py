@@ -20,7 +20,6 @@ from distmuon.forecast.traffic import (
     wire_itemsize,
 )
 from distmuon.options import Policy
-from distmuon.param_groups import MatrixRule
 
 Kind = Literal["adamw-ddp", "adamw-zero1", "distmuon"]
 KINDS: tuple[Kind, ...] = ("adamw-ddp", "adamw-zero1", "distmuon")
@@ -79,9 +78,7 @@ def estimate_memory(
     *,
     world_size: int,
     cost_model: CostModel | None = None,
-    weight_decay: float = 0.1,
-    overrides: Mapping[str, str] | None = None,
-    matrices: MatrixRule = "muon",
+    groups: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[Kind, Memory]:
     """Memory of one rank, activations and the framework itself left out.
@@ -93,10 +90,8 @@ def estimate_memory(
         model: On any device.
         world_size: Ranks.
         cost_model: Rates to plan with; None for the defaults.
-        weight_decay: As for `build_param_groups`.
-        overrides: Likewise.
-        matrices: Likewise.
-        options: Arguments of `Muon`.
+        groups: Keyword arguments of `build_param_groups`.
+        options: Of `Muon`.
 
     Returns:
         The busiest rank's bytes for each optimizer.
@@ -105,10 +100,8 @@ def estimate_memory(
         ValueError: as `build_param_groups` and `Muon`.
         TypeError: as these.
     """
-    groups = build_param_groups(
-        model, weight_decay=weight_decay, overrides=overrides, matrices=matrices
-    )
-    optimizer = Muon(groups, **{**(options or {}), "cost_model": cost_model})
+    built = build_param_groups(model, **(groups or {}))
+    optimizer = Muon(built, **{**(options or {}), "cost_model": cost_model})
     policy = optimizer.policy
     specs = specify(optimizer.param_groups, optimizer.parameter_names, world_size, policy)
     trained = {id(p) for spec in specs for p in spec.parameters}

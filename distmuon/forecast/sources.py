@@ -15,7 +15,6 @@ from torch import nn
 
 from distmuon.errors import Entry, with_entry
 from distmuon.forecast.models import MODELS
-from distmuon.param_groups import MatrixRule
 
 if TYPE_CHECKING:
     from distmuon.training.config import Config
@@ -36,16 +35,14 @@ class Source:
     Attributes:
         name: What was asked for.
         model: On the meta device.
-        weight_decay: For `build_param_groups`.
-        matrices: For `build_param_groups`.
-        options: Arguments of `Muon`.
+        groups: Keyword arguments of `build_param_groups`.
+        options: Of `Muon`.
         config: The training configuration, if it came from one.
     """
 
     name: str
     model: nn.Module
-    weight_decay: float = 0.1
-    matrices: MatrixRule = "muon"
+    groups: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     config: Config | None = None
 
@@ -100,8 +97,8 @@ def _from_training(path: Path, overrides: Sequence[str]) -> Source:
     with torch.device("meta"):
         model = Transformer(config.model, context=config.data.context)
     chosen = config.optimizer
-    options, rule = muon_options(chosen), matrix_rule(chosen)
-    return Source(str(path), model, chosen.weight_decay, rule, options, config)
+    groups = {"weight_decay": chosen.weight_decay, "matrices": matrix_rule(chosen)}
+    return Source(str(path), model, groups, muon_options(chosen), config)
 
 
 def _from_function(text: str) -> nn.Module:

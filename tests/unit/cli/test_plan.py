@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from distmuon import recipes
 from distmuon.cli.main import main
 from tests.browser import open_in_browser, read_strictly
 
@@ -112,6 +113,29 @@ def test_strict_stops_at_a_guess_and_an_override_settles_it(
     assert "override 'table'" in out
 
 
+def test_blocks_and_recipes_are_those_of_the_optimizer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cuts = ("--blocks", "*.q_proj.weight=4", "--blocks", "*.up_proj.weight=1008,10000")
+    _, whole, _ = run(capsys, "llama-7b", "--json")
+    _, cut, _ = run(capsys, "llama-7b", "--json", *cuts, "--recipe", "keller")
+    plain, changed = (
+        {row["name"].rsplit(".", 2)[-2]: row for row in json.loads(text)["parameters"]}
+        for text in (whole, cut)
+    )
+    assert changed["q_proj"]["reason"].endswith("in blocks of (1024, 1024, 1024, 1024) rows")
+    assert changed["up_proj"]["reason"].endswith("in blocks of (1008, 10000) rows")
+    assert changed["k_proj"]["reason"] == plain["k_proj"]["reason"]
+    assert sum(json.loads(cut)["loads"]) < sum(json.loads(whole)["loads"])
+    recipe = recipes.keller()
+    assert changed["k_proj"]["lr"] == recipe.optimizer["lr"]
+    assert changed["lm_head"]["lr"] == recipe.groups["adam_lr"]
+    assert changed["k_proj"]["lr_factor"] == 1.0, "of a square matrix, as Keller Jordan scales"
+    code, out, _ = run(capsys, "llama-7b", "--recipe", "normuon")
+    assert code == 0
+    assert "by NorMuon" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +152,10 @@ def test_strict_stops_at_a_guess_and_an_override_settles_it(
         (["llama-7b", "--adjust-lr-fn", "sqrt"], "Must be one of"),
         (["llama-7b", "--override", "lm_head"], "expected PATTERN=muon"),
         (["llama-7b", "--override", "nothing=muon"], "matches no parameter"),
+        (["llama-7b", "--blocks", "*.q_proj.weight"], "expected PATTERN=N or PATTERN=N,N,..."),
+        (["llama-7b", "--blocks", "*.q_proj.weight=2,x"], "expected PATTERN=N or PATTERN=N,N,..."),
+        (["llama-7b", "--blocks", "*.q_proj.weight=3"], "blocks '*.q_proj.weight'"),
+        (["llama-7b", "--blocks", "lm_head.weight=2"], "goes to AdamW"),
         (["llama-7b", "--cost-model", "nowhere.json"], "No such file"),
         (["llama-7b", "--html", "nowhere/plan.html"], "cannot be written"),
     ],

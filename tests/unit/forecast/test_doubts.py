@@ -29,7 +29,8 @@ class Odd(nn.Module):
 
 
 def forecast(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Forecast:
-    return make_forecast("m", model, world_size=2, cost_model=RATES, overrides=overrides)
+    groups = {"overrides": overrides}
+    return make_forecast("m", model, world_size=2, cost_model=RATES, groups=groups)
 
 
 def test_guesses_are_told_and_overrides_settle_them() -> None:

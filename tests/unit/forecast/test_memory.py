@@ -25,7 +25,7 @@ def build(dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("matrices", ["muon", "normuon"])
 def test_state_is_forecast_for_each_rule(matrices: Any, dtype: torch.dtype) -> None:
     model = build(dtype)
-    found = estimate_memory(model, world_size=1, matrices=matrices)["distmuon"]
+    found = estimate_memory(model, world_size=1, groups={"matrices": matrices})["distmuon"]
     optimizer = Muon(build_param_groups(model, matrices=matrices))
     model(torch.ones(3, 16, dtype=dtype)).sum().backward()
     optimizer.step()
