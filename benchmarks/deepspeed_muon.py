@@ -2,10 +2,12 @@
 
 Both get the same update rule (Keller Jordan's: his coefficients, sqrt(max(1, rows/cols)) as scale,
 Nesterov), the same groups, gradients and clipping at 1.0, and are compared with that rule in one
-process. They take turns, so that a change in the machine's speed meets all. JSON lines tell the
-milliseconds and CPU milliseconds of a step (forward, backward and update: the built-in
-orthogonalizes in backward), bytes sent per rank and step in units of the weights, momentum bytes
-per rank over the ideal 1/N, and the distance from the exact weights beside how far they moved.
+process; "distmuon, default rule" is compared with its own. They take turns, so that a change in the
+machine's speed meets all, and each round gives a ratio to "built-in gram" of the same round. JSON
+lines tell the milliseconds and CPU milliseconds of a step (forward, backward, update: the built-in
+orthogonalizes in backward), medians of those ratios with the lowest and the highest, bytes sent per
+rank and step in units of the weights, momentum bytes per rank over the ideal 1/N, and the distance
+from the exact weights beside how far they moved.
 
     DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/deepspeed_muon.py
@@ -18,7 +20,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +33,13 @@ from distmuon import Muon, build_param_groups
 from distmuon.deepspeed import from_model
 
 LR, DECAY, CLIP = 0.02, 0.1, 1.0
+KINDS = (
+    "distmuon",
+    "distmuon, to owners",
+    "distmuon, default rule",
+    "built-in gram",
+    "built-in standard",
+)
 KELLER: dict[str, Any] = {
     "ns_coefficients": "keller",
     "adjust_lr_fn": "original",
@@ -132,9 +141,14 @@ def config_of(kind: str) -> dict[str, Any]:
         params = {"lr": LR, "momentum": 0.95, "weight_decay": DECAY, "betas": [0.9, 0.95]}
         own = {"ns_method": kind.partition(" ")[2], "torch_adam": True}
         config["optimizer"] = {"type": "Muon", "params": {**params, **own}}
-    elif kind == "distmuon, to owners":
+    elif kind != "distmuon":
         zero["use_multi_rank_bucket_allreduce"] = False
     return config
+
+
+def rule_of(kind: str) -> dict[str, Any]:
+    """The options of a kind's update rule."""
+    return {} if kind == "distmuon, default rule" else KELLER
 
 
 def run(kind: str, options: argparse.Namespace, exact: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -144,9 +158,8 @@ def run(kind: str, options: argparse.Namespace, exact: Mapping[str, Tensor]) -> 
     model = make_model(options)
     begin = {name: p.detach().clone() for name, p in model.named_parameters()}
     ours = kind.startswith("distmuon")
-    optimizer = (
-        from_model(model, lr=LR, weight_decay=DECAY, decay="all", **KELLER) if ours else None
-    )
+    rule = rule_of(kind)
+    optimizer = from_model(model, lr=LR, weight_decay=DECAY, decay="all", **rule) if ours else None
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=model.parameters(),
@@ -191,11 +204,11 @@ def _momentum_bytes(engine: Any) -> int:
     return sum(t.numel() * t.element_size() for t in [*kept, *(entry[0] for entry in staged)])
 
 
-def exact_weights(options: argparse.Namespace) -> dict[str, Tensor]:
-    """The same steps in one process."""
+def exact_weights(options: argparse.Namespace, rule: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same steps in one process, by the same rule."""
     model = make_model(options)
     groups = build_param_groups(model, weight_decay=DECAY, decay="all")
-    optimizer = Muon(groups, lr=LR, **KELLER)
+    optimizer = Muon(groups, lr=LR, **rule)
     for step in range(options.steps):
         for rank in range(dist.get_world_size()):
             (loss_of(model, batch(step, rank)) / dist.get_world_size()).backward()
@@ -205,13 +218,19 @@ def exact_weights(options: argparse.Namespace) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def ratio_of(times: Sequence[float], peer: Sequence[float]) -> list[float]:
+    """Median, lowest and highest ratio over the rounds."""
+    ratios = sorted(mine / other for mine, other in zip(times, peer, strict=True))
+    return [round(x, 3) for x in (statistics.median(ratios), ratios[0], ratios[-1])]
+
+
 def main() -> None:
     """Run every kind and print a JSON line for each rank."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -220,17 +239,24 @@ def main() -> None:
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not compiled for a benchmark
     deepspeed.init_distributed(verbose=False)
-    exact = exact_weights(options)
-    kinds = ("distmuon", "distmuon, to owners", "built-in gram", "built-in standard")
-    runs = [{kind: run(kind, options, exact) for kind in kinds} for _ in range(options.rounds)]
-    for kind in kinds:
-        best = {key: min(row[kind][key] for row in runs) for key in ("ms", "cpu_ms")}
+    exact = {kind: exact_weights(options, rule_of(kind)) for kind in (KINDS[0], KINDS[2])}
+    runs = [
+        {kind: run(kind, options, exact.get(kind, exact[KINDS[0]])) for kind in KINDS}
+        for _ in range(options.rounds)
+    ]
+    load = os.getloadavg()[0]
+    for kind in KINDS:
+        times = {key: [row[kind][key] for row in runs] for key in ("ms", "cpu_ms")}
+        peer = {key: [row["built-in gram"][key] for row in runs] for key in times}
+        best = {key: min(values) for key, values in times.items()}
+        ratios = {f"{key}_ratio": ratio_of(times[key], peer[key]) for key in times}
         mine: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(mine, {**runs[0][kind], **best})
+        dist.all_gather_object(mine, {**runs[0][kind], **best, **ratios})
         if dist.get_rank() == 0:
             versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
+            rest = {**vars(options), **versions, "load": load}
             for rank, row in enumerate(mine):
-                print(json.dumps({**row, "rank": rank, **vars(options), **versions}), flush=True)
+                print(json.dumps({**row, "rank": rank, **rest}), flush=True)
     dist.destroy_process_group()
 
 

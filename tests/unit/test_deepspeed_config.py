@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from torch import nn
 
 from distmuon import Muon, build_param_groups
 from distmuon.adapters.deepspeed import ZeroOrtho, check_config, tag
+from distmuon.adapters.deepspeed.build import in_cheap_order
 from distmuon.adapters.deepspeed.by_name import TaggedZeroOrtho
 from distmuon.adapters.deepspeed.config_check import is_old
 from distmuon.adapters.deepspeed.partition import read_layout
+from distmuon.cost import default_cost_model
 from distmuon.group_check import PLAIN_READING
+from distmuon.layout import Layout, read_spec
+from distmuon.ownership import assign_fixed
 
 GOOD: dict[str, Any] = {
     "zero_allow_untested_optimizer": True,
@@ -214,3 +220,36 @@ def test_groups_are_checked_as_muons_are() -> None:
 def test_a_wrong_option_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         ZeroOrtho(build_param_groups(nn.Linear(3, 3)), **options)
+
+
+def gpt2_matrices() -> list[tuple[str, torch.Tensor]]:
+    shapes = {**dict.fromkeys("qkvo", (768, 768)), "up": (3072, 768), "down": (768, 3072)}
+    return [
+        (f"h.{layer}.{name}", torch.empty(shape, device="meta"))
+        for layer in range(12)
+        for name, shape in shapes.items()
+    ]
+
+
+def balance_and_moved(named: Sequence[tuple[str, torch.Tensor]], ranks: int) -> tuple[float, float]:
+    """Work of the busiest rank over the mean, and the share of elements that travel each way."""
+    specs = tuple(read_spec(name, p.shape, PLAIN_READING) for name, p in named)
+    offsets = (0, *itertools.accumulate(spec.numel for spec in specs))
+    # As ZeRO cuts it: padded at the end to a multiple of two elements for each rank.
+    layout = Layout(specs, offsets[:-1], ranks, -(-offsets[-1] // (2 * ranks)) * 2)
+    ownership = assign_fixed(layout)
+    loads = ownership.loads(default_cost_model("cpu"))
+    return max(loads) * ranks / sum(loads), sum(ownership.traffic()[0]) / offsets[-1]
+
+
+@pytest.mark.parametrize(("ranks", "given", "left"), [(8, 0.05, 0.0), (16, 0.11, 0.015)])
+def test_zero_gets_the_matrices_in_an_order_that_keeps_them_at_home(
+    ranks: int, given: float, left: float
+) -> None:
+    named = gpt2_matrices()
+    arranged = in_cheap_order({"params": named, "algorithm": "muon", **PLAIN_READING}, ranks)
+    assert sorted(name for name, _ in arranged["params"]) == sorted(name for name, _ in named)
+    before, after = (balance_and_moved(each, ranks) for each in (named, arranged["params"]))
+    assert before[1] > given
+    assert after[1] <= left
+    assert after[0] <= before[0] < 1.1

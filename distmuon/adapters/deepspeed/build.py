@@ -88,7 +88,7 @@ def arrange(groups: Iterable[Mapping[str, Any]], adam_lr: float | None) -> list[
     for group in groups:
         own_lr = adam_lr is not None and group["algorithm"] == "adamw"
         given = {**group, "lr": adam_lr} if own_lr else group
-        arranged += [_in_cheap_order(part, world_size) for part in _split_experts(given)]
+        arranged += [in_cheap_order(part, world_size) for part in _split_experts(given)]
     return arranged
 
 
@@ -104,7 +104,16 @@ def _split_experts(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _in_cheap_order(group: dict[str, Any], world_size: int) -> dict[str, Any]:
+def in_cheap_order(group: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """A group of matrices in the order in which equal partitions cut few of them.
+
+    Args:
+        group: From `build_param_groups`.
+        world_size: Number of partitions.
+
+    Returns:
+        The same parameters; another rule's group as it is.
+    """
     if group["algorithm"] != "muon" or "moe" in group:
         return group
     specs = [read_spec(name, p.shape, group) for name, p in group["params"]]
