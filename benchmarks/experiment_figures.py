@@ -70,14 +70,12 @@ def _curves(axes: Axes, name: str, results: Sequence[Result], colour: str) -> No
         axes.plot(steps, losses, color=colour, linewidth=1.2, label=None if index else name)
 
 
-def _against(
-    axes: Axes, name: str, found: Mapping[float, Sequence[Result]], colour: str, style: str = "-"
-) -> None:
+def _against(axes: Axes, name: str, found: Mapping[float, Sequence[Result]], colour: str) -> None:
     """Final losses against a number: a dot for each seed, a line through the means."""
     for place, results in found.items():
         _dots(axes, place, _losses(results), color=colour)
     means = [mean_loss(results) for results in found.values()]
-    axes.plot(list(found), means, style, color=colour, linewidth=1.5, label=name)
+    axes.plot(list(found), means, "o-", color=colour, linewidth=1.5, markersize=3, label=name)
 
 
 def _category_dots(axes: Axes, rows: Rows, colour: str = "C0") -> None:
@@ -104,10 +102,12 @@ def draw_ratio(rows: Rows) -> Figure:
             label = None
     curves.set_ylim(1.55, 2.3)
     _finish(curves, "validation loss, a line for each seed", "optimizer step", _LOSS)
+    places: set[float] = set()
     for name, tried in (("AdamW", ADAMW_LRS), ("Muon", MUON_LRS)):
         found = {lr: rows[f"{name}, lr {lr:g}"] for lr in tried if rows.get(f"{name}, lr {lr:g}")}
         _against(rates, name, found, _COLOURS[name])
-    _log_ticks(rates, sorted({*ADAMW_LRS, *MUON_LRS}))
+        places |= found.keys()
+    _log_ticks(rates, sorted(places))
     _finish(rates, "after 800 steps", "peak learning rate", _LOSS)
     return figure
 
@@ -224,9 +224,9 @@ def draw_normuon(rows: Rows) -> Figure:
 def draw_qk_clip(rows: Rows) -> Figure:
     """Largest logits and losses over the steps, with QK-Clip and without."""
     figure, (logits, losses) = _panels(2)
-    colours = dict(zip(rows, ("C0", "C2", "C3", "C4"), strict=True))
+    colours = dict(zip(rows, ("C0", "C2", "C3", "C4"), strict=False))
     # Where nothing is clipped, one curve lies on the other.
-    widths = dict(zip(rows, (3.0, 1.0, 1.2, 1.2), strict=True))
+    widths = dict(zip(rows, (3.0, 1.0, 1.2, 1.2), strict=False))
     for name, results in rows.items():
         for index, result in enumerate(results):
             label = None if index else name
