@@ -12,6 +12,7 @@ PAGE = "docs/errors.md"
 
 Entry = Literal[
     "accelerate",
+    "adamw-weights",
     "attach",
     "bad-group",
     "bad-option",

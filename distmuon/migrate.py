@@ -138,7 +138,7 @@ def import_state_dict(
         warnings.warn(
             f"{len(changed)} matrices ({changed[0]}, ...) were trained by AdamW so far and are "
             "Muon's now. In Moonlight's table 7 fine-tuning such weights with Muon brought no gain "
-            "over AdamW: compare the two on your data." + see("state-mismatch"),
+            "over AdamW: compare the two on your data." + see("adamw-weights"),
             stacklevel=2,
         )
 

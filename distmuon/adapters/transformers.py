@@ -13,6 +13,7 @@ so that raises; the mixin saves each rank's part to `<checkpoint>/distmuon`.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,8 @@ class MuonTrainerMixin(_AnyTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build Muon, lr and weight decay from the training arguments if the factory got none.
 
+        Warns if the weights came from `from_pretrained`: AdamW may have trained them.
+
         Args:
             model: As in the Trainer.
         """
@@ -129,6 +132,8 @@ class MuonTrainerMixin(_AnyTrainer):
             filled = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
             factory = ZeroFactory if self.is_deepspeed_enabled else MuonFactory
             self.optimizer_cls_and_kwargs = (factory, {**filled, **options})
+        if self.is_world_process_zero():
+            _warn_of_loaded_weights(self.model)
         return super().create_optimizer(model)
 
     @override
@@ -169,6 +174,17 @@ class MuonTrainerMixin(_AnyTrainer):
 
 class MuonTrainer(MuonTrainerMixin, Trainer):
     """`transformers.Trainer` with Muon."""
+
+
+def _warn_of_loaded_weights(model: nn.Module) -> None:
+    source = getattr(model, "name_or_path", "")
+    if source:
+        warnings.warn(
+            f"The weights were loaded from {source}. If AdamW trained them, fine-tuning them with "
+            "Muon may bring nothing: in Moonlight's table 7 it did not. Compare the two on your "
+            "data." + see("adamw-weights"),
+            stacklevel=3,
+        )
 
 
 def _refuse_separate_processes(num_processes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,6 +224,31 @@ def test_adapters_alone_are_refused_with_their_reasons(tmp_path: Path) -> None:
     model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"2 x LoRA factor.*modules_to_save"):
         MuonFactory()(model, lr=0.1)
+
+
+def build_from(folder: Path, source: str) -> list[str]:
+    """What is said when the optimizer is made for a new model, or for one that was saved."""
+    as_launched()
+    model = make_model()
+    if source == "saved":
+        weights = folder / "weights"
+        if dist.get_rank() == 0:
+            model.save_pretrained(weights)
+        dist.barrier()
+        model = LlamaForCausalLM.from_pretrained(weights)
+    trainer = MuonTrainer(model=model, args=make_arguments(folder), train_dataset=make_data())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.create_optimizer()
+    return [str(each.message) for each in caught if "AdamW trained" in str(each.message)]
+
+
+def test_weights_that_adamw_may_have_trained_are_warned_of_once(tmp_path: Path) -> None:
+    assert run_ranks(2, build_from, tmp_path, "new") == [[], []]
+    (first, *more), others = run_ranks(2, build_from, tmp_path, "saved")
+    assert f"loaded from {tmp_path / 'weights'}" in first
+    assert not more
+    assert not others
 
 
 @pytest.mark.parametrize(
