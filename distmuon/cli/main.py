@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         if hasattr(options, "overrides"):
             # argparse takes them in one place only: not behind an option.
-            options.overrides += [each for each in rest if _is_override(each)]
+            more = [each for each in rest if _is_override(each)]
+            options.overrides = [*options.overrides, *more]
             rest = [each for each in rest if not _is_override(each)]
         if rest and not getattr(options, "takes_rest", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -34,7 +34,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         parser: Of the command.
     """
     parser.add_argument("model", metavar="MODEL", help="what to look at; see below")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="for *.yaml only")
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="for *.yaml only"
+    )
     parser.add_argument("--world-size", type=positive, default=8, help="ranks (default: 8)")
     parser.add_argument(
         "--dtype",
@@ -202,6 +204,8 @@ def _load_cost_model(path: Path) -> CostModel:
         return CostModel(**rates, measured=measured)
     except OSError as error:
         raise CommandError(f"--cost-model {path}: {error.strerror or error}.") from error
+    except json.JSONDecodeError as error:
+        raise CommandError(f"--cost-model {path} is no JSON: {error}.") from None
     except KeyError as error:
         raise CommandError(f"--cost-model {path} has no {error}.") from error
     except (AttributeError, TypeError, ValueError) as error:
@@ -210,6 +214,8 @@ def _load_cost_model(path: Path) -> CostModel:
 
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise ValueError(f"{text!r} is no shape such as 4096x4096." + see("command"))
     return int(rows), int(columns)
 
 

@@ -107,6 +107,24 @@ def positive(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> float:
+    """For argparse: a time that is more than none.
+
+    Args:
+        text: What the user wrote.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return number
+
+
 def print_table(table: Table, *, file: TextIO | None = None) -> None:
     """Print a table: with rich where that is installed and a person looks, else as plain text.
 

@@ -23,7 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from distmuon.cli.output import USAGE, CommandError, positive
+from distmuon.cli.output import USAGE, CommandError, positive, seconds
 from distmuon.errors import see, with_entry
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ def add_rank_options(parser: argparse.ArgumentParser, *, default: int, limit_s: 
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=limit_s,
         metavar="SECONDS",
         help=f"stop ranks that take longer (default: {limit_s:g})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -93,7 +94,8 @@ def _from_training(path: Path, overrides: Sequence[str]) -> Source:
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
-        raise SourceError(str(error)) from error
+        # Here the file is no option of that name.
+        raise SourceError(str(error).removeprefix("--config ")) from error
     with torch.device("meta"):
         model = Transformer(config.model, context=config.data.context)
     chosen = config.optimizer
@@ -106,13 +108,19 @@ def _from_function(text: str) -> nn.Module:
     # As `python -m` does: the user's own module lies where the command is run.
     if "" not in sys.path:
         sys.path.insert(0, "")
+    expected = (
+        "Give a module that can be imported from here and a function in it that takes nothing and "
+        "returns a torch.nn.Module."
+    )
+    if not module_name or not function_name:
+        raise SourceError(f"{text} is no package.module:function. {expected}")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"{text}: {error}. Give a module that can be imported from here and a function in it "
-            "that takes nothing and returns a torch.nn.Module."
-        ) from error
+        raise SourceError(f"{text}: {error}. {expected}") from error
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise SourceError(f"{text}: importing {module_name} raised {told}") from error
     try:
         with torch.device("meta"):
             model = function()
@@ -124,24 +132,27 @@ def _from_function(text: str) -> nn.Module:
 
 
 def _from_transformers(text: str) -> nn.Module:
+    close = difflib.get_close_matches(text, MODELS, n=1, cutoff=0.8)
+    if close and not Path(text).exists():
+        raise SourceError(f"{text} is none of {', '.join(MODELS)}. Did you mean {close[0]}?")
+    if Path(text).suffix == ".json" and not Path(text).is_file():
+        raise SourceError(f"{text}: no such file.")
     if importlib.util.find_spec("transformers") is None:
         raise SourceError(
             f"{text} is no *.yaml file, no module:function and none of {', '.join(MODELS)}. For a "
             "transformers configuration run: pip install 'distmuon[hf]'",
             entry="missing-package",
         )
-    if Path(text).suffix == ".json" and not Path(text).is_file():
-        raise SourceError(f"{text}: no such file.")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(text)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of any kind: the configuration's, the network's, the model's
         raise SourceError(
-            f"{text}: transformers cannot make a causal language model of it: {error} (Names are "
-            f"looked up on the network; a JSON file needs none. Ships here: {', '.join(MODELS)}.)"
+            f"{text}: transformers cannot make a causal language model of it: {error}\nNames are "
+            f"looked up on the network; a JSON file needs none. Ships here: {', '.join(MODELS)}."
         ) from error
     assert isinstance(model, nn.Module)
     return model

@@ -26,6 +26,7 @@ from distmuon.cli.output import (
     positive,
     print_json,
     print_table,
+    seconds,
     write_file,
 )
 
@@ -173,3 +174,10 @@ def test_a_mistake_in_the_options_is_json_too(capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     assert json.loads(out) == {"ok": False, "error": "unrecognized arguments: --bogus"}
     assert "usage:" in err
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "x", "inf", "nan"])
+def test_a_time_is_more_than_none(text: str) -> None:
+    assert seconds("0.5") == 0.5
+    with pytest.raises(argparse.ArgumentTypeError, match="no number of seconds above 0"):
+        seconds(text)

@@ -146,6 +146,10 @@ def test_blocks_and_recipes_are_those_of_the_optimizer(
         (["llama-7b", "model.layers=3"], "belongs to a training configuration"),
         (["nowhere:build"], "No module named 'nowhere'"),
         ([f"{__name__}:nobody"], "no attribute 'nobody'"),
+        ([":build"], ":build is no package.module:function"),
+        (["nowhere:"], "nowhere: is no package.module:function"),
+        (["configs.json"], "configs.json: no such file"),
+        (["llama7b"], "Did you mean llama-7b?"),
         ([f"{__name__}:nothing"], "returned a int. Must be a torch.nn.Module"),
         ([f"{__name__}:broken"], "raised RuntimeError: no weights here"),
         (["llama-7b", "--max-split", "9"], "max_split=9. Must be <= 4"),
@@ -175,7 +179,11 @@ def test_mistakes_are_told_with_code_2(
         ("[]", "must be an object"),
         ('{"latency": 1e-5, "bandwidth": 1e10}', "has no 'flops'"),
         ('{"latency": 1e-5, "bandwidth": 1e10, "flops": -1}', "Must be > 0"),
-        ('{"latency": 1, "bandwidth": 1, "flops": 1, "measured": {"4 by 4": 1}}', "4 by 4"),
+        (
+            '{"latency": 1, "bandwidth": 1, "flops": 1, "measured": {"4 by 4": 1}}',
+            "'4 by 4' is no shape",
+        ),
+        ("", "is no JSON"),
     ],
 )
 def test_a_wrong_cost_model_is_refused(
@@ -287,3 +295,24 @@ def test_large_models_on_many_ranks_are_planned_on_a_laptop(model: str, world_si
     # The processor's time: others may be using the machine. Even that grows when they do, so the
     # 70,000 separate experts get twice of what a quiet machine must stay under.
     assert seconds < (20 if model == "kimi-k2" else 10)
+
+
+def test_a_module_that_cannot_be_imported_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "unfinished_model.py").write_text("def (")
+    code, out, err = run(capsys, "unfinished_model:build")
+    assert (code, out) == (2, "")
+    assert "unfinished_model:build: importing unfinished_model raised SyntaxError" in err
+
+
+def test_values_of_a_configuration_may_stand_behind_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer = run_json(capsys, CONFIG, "--world-size", 3, "optimizer.lr=0.5")
+    (row, *_) = (row for row in answer["parameters"] if row["algorithm"] == "muon")
+    assert row["lr"] == 0.5
+    with pytest.raises(SystemExit):
+        main(["plan"])
+    assert "the following arguments are required: MODEL\n" in capsys.readouterr().err
