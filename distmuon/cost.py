@@ -94,9 +94,10 @@ class CostModel:
         found = []
         for spec in specs:
             key = spec.shape, spec.axes, spec.blocks
-            if key not in known:
-                known[key] = spec.count * sum(map(self.work, spec.orthogonalized))
-            found.append(known[key])
+            cost = known.get(key)
+            if cost is None:
+                cost = known[key] = spec.count * sum(map(self.work, spec.orthogonalized))
+            found.append(cost)
         return found
 
     @property
