@@ -111,6 +111,7 @@ def loop(accelerator: Accelerator, kind: str) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_accelerate_with_deepspeed_has_the_losses_of_accelerate_alone() -> None:
     native = run_ranks(2, accelerated, "native", timeout=LIMIT)[0]
     runs = [("built", 1), ("built", 2), ("named", 2)]

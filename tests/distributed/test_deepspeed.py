@@ -254,7 +254,7 @@ def test_fp16_equals_one_process() -> None:
         assert set(far.values()) == {0.0}
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_numbers_of_ranks(world_size: int) -> None:
     names = ["stage 1", "stage 2, clip 1.0", "stage 2, round robin, alignment, accumulation"]
     for result in run_ranks(world_size, run_cases, names, timeout=LIMIT):
@@ -636,6 +636,7 @@ def universal(folder: str, kind: str) -> float:
         return far
 
 
+@pytest.mark.slow
 def test_the_universal_checkpoint_converts(tmp_path: Path) -> None:
     assert max(run_ranks(2, universal, str(tmp_path), "save", timeout=LIMIT)) == 0.0
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]

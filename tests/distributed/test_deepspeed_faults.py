@@ -64,7 +64,10 @@ def lose(fate: Fate) -> list[Ended]:
     return run_until_lost(WORLD, train_until_lost, fate, group_timeout=GROUP_TIMEOUT, timeout=60.0)
 
 
-@pytest.mark.parametrize("phase", MEETINGS)
+SLOW = [pytest.param(phase, marks=pytest.mark.slow) for phase in ("agree", "scatter")]
+
+
+@pytest.mark.parametrize("phase", ["gather", *SLOW])  # one is quick enough for every day
 def test_a_killed_rank_is_named_by_all_others(phase: str) -> None:
     outcome = lose(MEETINGS[phase])
     assert outcome[DOOMED] == Ended(None, -signal.SIGKILL)
