@@ -155,7 +155,7 @@ def draw_shape_rules(rows: Rows) -> Figure:
         left = [place - 0.4 + (index + 0.5) * width for place in range(len(places))]
         heights = [ratios[rule][kind] if rule in ratios else 0.0 for rule, kind in places]
         bars = weights.bar(left, heights, width * 0.92, color=f"C{index}", label=name)
-        weights.bar_label(bars, fmt="%.2f", fontsize=8)
+        weights.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center")
     weights.axhline(1.0, color="0.3", linewidth=1)
     weights.set_xticks(range(len(places)), [f"{kind}\n{rule}" for rule, kind in places])
     weights.set_ylim(0, 2.6)
@@ -238,7 +238,9 @@ def draw_qk_clip(rows: Rows) -> Figure:
                 losses.plot(steps, values, label=label, **style)
     logits.axhline(THRESHOLD, color="0.2", linestyle="--", linewidth=1, label="threshold")
     logits.set_yscale("log")
-    _finish(logits, "largest attention logit of the step", "optimizer step", "logit")
+    logits.set_ylim(bottom=1)
+    title = "largest attention logit of the step"
+    _finish(logits, title, "optimizer step", "logit", legend="lower right")
     losses.set_ylim(1.6, 2.6)
     _finish(losses, f"validation loss at lr {HIGH_LR:g}", "optimizer step", _LOSS)
     return figure

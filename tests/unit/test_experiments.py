@@ -1,4 +1,4 @@
-"""The experiments' plan, tables and pictures from made-up results."""
+"""The experiments' plan, tables and pictures from made-up results; the page from the real ones."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from benchmarks.experiment_tables import (
     rule_ratios,
     weight_rms,
 )
-from benchmarks.experiments import RANKS, find_rows, image_path
-from benchmarks.runs import Job, Result, Weight, checksum, read_results, svd_entropy
+from benchmarks.experiments import RANKS, RESULTS, find_rows, image_path
+from benchmarks.runs import ROOT, Job, Result, Weight, checksum, read_results, svd_entropy
 
 EXPERIMENTS = all_experiments()
+REAL = read_results(RESULTS)
+PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 MATRICES = [
     f"layers.{layer}.{name}.weight"
     for layer in (0, 1)
@@ -174,3 +176,12 @@ def test_every_experiment_has_a_picture_1200_pixels_wide(
     data = path.read_bytes()
     assert data[:4] == b"\x89PNG"
     assert int.from_bytes(data[16:20], "big") == 1200
+
+
+# Most of the coefficient sets were run before there was a file of results.
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"coefficients"}))
+def test_the_page_has_the_tables_of_the_real_results(name: str) -> None:
+    for table in TABLES[name](rows_of(name, REAL)):
+        assert table in PAGE, f"python -m benchmarks.experiments tables {name}"
+    assert image_path(name).is_file(), f"python -m benchmarks.experiments figures {name}"
+    assert f"(images/{image_path(name).name})" in PAGE
