@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_bench import Bench, Contestants, race
-from distmuon import update_rules
+from distmuon import rounding, update_rules
 from distmuon.kernels import elementwise as kernels
 
 MOMENTUM, LR, DECAY, BETAS, EPS = 0.95, 1e-3, 0.1, (0.9, 0.95), 1e-8
 KEEP = 1 - LR * DECAY
-# Read and written by each element: fp32 gradient and momentum; parameter; both moments.
-LEAST_BYTES = {"momentum": 16, "apply": 12, "adamw": 28}
+# For each element: fp32 gradient and momentum; parameter; both moments; fp32 to bfloat16.
+LEAST_BYTES = {"momentum": 16, "apply": 12, "adamw": 28, "round": 6}
 
 
 class Flat(NamedTuple):
@@ -128,11 +128,29 @@ def adamw(bench: Bench, param: Flat) -> Contestants:
     }
 
 
+def stochastic(bench: Bench, like: Flat) -> Contestants:
+    """Stochastic rounding to bfloat16, beside torch's rounding to the nearest."""
+    out = torch.empty_like(like.whole, dtype=torch.bfloat16)
+    count = like.rows.size(1)
+    pieces = [
+        rounding.Piece(i * count, (i + 1) * count, 0, rounding.make_key(0, str(i), 1))
+        for i in range(len(like.pieces))
+    ]
+    return {
+        "ours": lambda x: rounding.round_(out, x.whole, pieces),
+        "ours by torch's operations": lambda x: rounding._round_by_torch(out, x.whole, pieces),
+        "torch, nearest": lambda x: out.copy_(x.whole),
+    }
+
+
+CONTESTS = {"momentum": momentum, "apply": apply, "adamw": adamw, "round": stochastic}
+
+
 def elementwise(bench: Bench) -> None:
-    """All three rules; one line each."""
+    """All of them; one line each."""
     inputs = [flat(bench) for _ in range(2)]
     numel = inputs[0].whole.numel()
-    for name, contest in (("momentum", momentum), ("apply", apply), ("adamw", adamw)):
+    for name, contest in CONTESTS.items():
         times = race(contest(bench, flat(bench)), inputs, bench.device, 3 if bench.tiny else 15)
         terabytes = numel * LEAST_BYTES[name] / 1e12
         bench.record(

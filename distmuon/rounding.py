@@ -8,6 +8,7 @@ ranks rounds alike, and a run that goes on from a checkpoint too.
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -15,6 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distmuon.errors import see
+from distmuon.kernels import elementwise
+
+_trusted: dict[torch.device, bool] = {}
 # Elements at a time: on CPUs what stays in the cache, elsewhere what bounds the temporaries.
 _CHUNK_NUMEL = {"cpu": 2**17}
 _OTHER_CHUNK_NUMEL = 2**24
@@ -79,6 +84,61 @@ def round_(out: Tensor, value: Tensor, pieces: Sequence[Piece]) -> None:
 
     Source: Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192.
     """
+    if pieces and _takes(value):
+        _round_by_kernel(out, value, pieces)
+    else:
+        _round_by_torch(out, value, pieces)
+
+
+def _takes(value: Tensor) -> bool:
+    """Whether a kernel is to round, which has been seen to draw the right bits."""
+    if not elementwise.takes(value):
+        return False
+    if value.device not in _trusted:
+        if value.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # the check waits for the device, which a graph cannot
+        _trusted[value.device] = _check(value.device)
+    return _trusted[value.device]
+
+
+def _check(device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(5000, generator=generator).to(device)
+    pieces = [Piece(0, 17, 3, make_key(0, "a", 1)), Piece(17, 5000, 0, make_key(1, "b", 2))]
+    kernel, plain = torch.zeros(2, len(value), dtype=torch.bfloat16, device=device)
+    try:
+        _round_by_kernel(kernel, value, pieces)
+    except Exception as problem:
+        # Whatever a compiler or a driver raises: torch's own operations do the same.
+        text = f"raised {type(problem).__name__}: {problem}"
+    else:
+        _round_by_torch(plain, value, pieces)
+        if torch.equal(kernel, plain):
+            return True
+        text = "draws other bits than torch's operations"
+    warnings.warn(
+        f"distmuon's kernel for stochastic rounding {text} on {device}; those are used there, "
+        "slower and right." + see("gpu-kernels"),
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def _round_by_kernel(out: Tensor, value: Tensor, pieces: Sequence[Piece]) -> None:
+    from distmuon.kernels.elementwise_triton import launch_round
+
+    for piece in pieces:
+        launch_round(
+            out[piece.start : piece.stop],
+            value[piece.start : piece.stop],
+            first=_signed(piece.first + piece.key.first),
+            second=piece.key.second,
+            factors=(_FIRST, _SECOND),
+        )
+
+
+def _round_by_torch(out: Tensor, value: Tensor, pieces: Sequence[Piece]) -> None:
     limit = _CHUNK_NUMEL.get(out.device.type, _OTHER_CHUNK_NUMEL)
     longest = min(limit, out.numel())
     places = torch.arange(longest, dtype=torch.int32, device=out.device)

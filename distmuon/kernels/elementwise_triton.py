@@ -88,6 +88,58 @@ def _adamw_kernel(
     tl.store(param_ptr + at, param - rate * first / denominator, mask=inside)
 
 
+# Specialized for the values of the keys it would be compiled again and again.
+@triton.jit(do_not_specialize=["first", "second"])
+def _round_kernel(
+    out_ptr,
+    value_ptr,
+    count,
+    first,
+    second,
+    FIRST_FACTOR: tl.constexpr,
+    SECOND_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round BLOCK numbers to bfloat16 at random, as `distmuon.rounding` describes."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    bits = tl.load(value_ptr + at, mask=inside, other=0)
+    # Integers wrap around; their shifts repeat the sign, which the masks take away.
+    draw = at.to(tl.int32) + first
+    draw = (draw ^ ((draw >> 16) & 0xFFFF)) * FIRST_FACTOR
+    draw = draw ^ second
+    draw = (draw ^ ((draw >> 15) & 0x1FFFF)) * SECOND_FACTOR
+    rounded = (bits + ((draw >> 16) & 0xFFFF)) >> 16
+    infinite = (bits & 0x7FFFFFFF) == 0x7F800000
+    rounded = tl.where(infinite, bits >> 16, rounded)
+    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+    tl.store(out_ptr + at, rounded.to(tl.int16), mask=inside)
+
+
+def launch_round(
+    out: Tensor, value: Tensor, *, first: int, second: int, factors: tuple[int, int]
+) -> None:
+    """`rounding.round_` of one piece in one pass.
+
+    Args:
+        out: bfloat16 [n], contiguous; overwritten.
+        value: float32 [n], contiguous.
+        first: What the hash of the first element starts from, a signed 32-bit integer.
+        second: What it takes in halfway, likewise.
+        factors: Its multipliers, likewise.
+    """
+    _round_kernel[triton.cdiv(value.numel(), BLOCK),](
+        out.view(torch.int16),
+        value.view(torch.int32),
+        value.numel(),
+        first,
+        second,
+        FIRST_FACTOR=factors[0],
+        SECOND_FACTOR=factors[1],
+        BLOCK=BLOCK,
+    )
+
+
 def launch_momentum(
     grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, largest: Tensor | None = None
 ) -> None:

@@ -13,12 +13,20 @@ triton = pytest.importorskip("triton")
 
 HALF_POINTERS = {"a_ptr", "b_ptr", "c_ptr", "out_ptr"}
 POINTERS = {"bits_ptr": "*i32"}
+ROUNDING_POINTERS = {"out_ptr": "*i16", "value_ptr": "*i32"}
 INTEGERS = {"m", "k", "count"}
+KEYS = {"first", "second"}
 HOPPER, AMPERE = 90, 80
 
 
 def compile_kernel(
-    kernel: Any, constants: dict[str, object], *, half: str, capability: int, **options: int
+    kernel: Any,
+    constants: dict[str, object],
+    *,
+    half: str,
+    capability: int,
+    pointers: dict[str, str] = POINTERS,
+    **options: int,
 ) -> Any:
     """One specialization of a kernel, as aligned operands would get it."""
     from triton.backends.compiler import GPUTarget
@@ -31,11 +39,14 @@ def compile_kernel(
         if name in constants:
             return "constexpr"
         if name.endswith("_ptr"):
-            return POINTERS.get(name, f"*{half}" if name in HALF_POINTERS else "*fp32")
+            return pointers.get(name, f"*{half}" if name in HALF_POINTERS else "*fp32")
+        if name in KEYS:
+            return "i32"
         return "i32" if name in INTEGERS or name.endswith(("_batch", "_row", "_col")) else "fp32"
 
     names = kernel.arg_names
-    aligned = {(i,) for i, n in enumerate(names) if kind(n) not in ("constexpr", "fp32")}
+    plain = ("constexpr", "fp32")
+    aligned = {(i,) for i, n in enumerate(names) if kind(n) not in plain and n not in KEYS}
     source = ASTSource(
         fn=kernel,
         signature={name: kind(name) for name in names},
@@ -74,15 +85,24 @@ def test_on_hopper_the_kernel_uses_its_matrix_instructions_and_wide_stores() -> 
     assert "st.global.v4" in text
 
 
-@pytest.mark.parametrize("kernel", ["_momentum_kernel", "_apply_kernel", "_adamw_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["_momentum_kernel", "_apply_kernel", "_adamw_kernel", "_round_kernel"]
+)
 def test_the_update_rules_compile_to_wide_loads(kernel: str) -> None:
     from distmuon.kernels import elementwise_triton
 
     constants: dict[str, object] = {"BLOCK": elementwise_triton.BLOCK}
     if kernel == "_momentum_kernel":
         constants |= {"NESTEROV": True, "LARGEST": True}
+    if kernel == "_round_kernel":
+        constants |= {"FIRST_FACTOR": 3, "SECOND_FACTOR": 5}
+    pointers = ROUNDING_POINTERS if kernel == "_round_kernel" else POINTERS
     compiled = compile_kernel(
-        getattr(elementwise_triton, kernel), constants, half="fp16", capability=HOPPER
+        getattr(elementwise_triton, kernel),
+        constants,
+        half="fp16",
+        capability=HOPPER,
+        pointers=pointers,
     )
     assert "ld.global.v4" in compiled.asm["ptx"]
 

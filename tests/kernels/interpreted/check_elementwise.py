@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from distmuon import update_rules
+from distmuon import rounding, update_rules
 from distmuon.kernels import elementwise, elementwise_triton
+from distmuon.rounding import Piece, make_key
 
 CPU = torch.device("cpu")
 
@@ -88,6 +90,39 @@ def test_adamw(count: int) -> None:
         torch.testing.assert_close(actual, wanted, rtol=2e-6, atol=2e-6)
     for memory in memories:
         assert_only(memory, count)
+
+
+@pytest.mark.parametrize("count", [1, 17, 2048, 5001])
+def test_rounding_draws_the_bits_of_torch(count: int) -> None:
+    value = torch.randn(count + 20) * 1e3
+    value[8 : 8 + count : 7] = torch.nan
+    value[9 : 9 + count : 11] = -torch.inf
+    found, expected = (torch.full((count + 20,), 7.0, dtype=torch.bfloat16) for _ in range(2))
+    pieces = [
+        Piece(7, 8, 2**32 - 3, make_key(0, "a", 1)),
+        Piece(8, 8 + count, 2**31 - 20, make_key(1, "b", 2)),
+    ]
+    rounding._round_by_kernel(found, value, pieces)
+    rounding._round_by_torch(expected, value, pieces)
+    number = ~expected.isnan()
+    assert torch.equal(found[number], expected[number])
+    assert bool(found[~number].isnan().all())
+    assert bool((found[8 + count :] == 7.0).all())
+
+
+def test_rounding_that_draws_other_bits_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rounding._check(CPU)
+    right = elementwise_triton.launch_round
+
+    def another_seed(out: Tensor, value: Tensor, *, second: int, **options: Any) -> None:
+        right(out, value, second=second ^ 1, **options)
+
+    monkeypatch.setattr(elementwise_triton, "launch_round", another_seed)
+    with pytest.warns(RuntimeWarning, match="draws other bits"):
+        assert not rounding._check(CPU)
+    monkeypatch.delattr(elementwise_triton, "launch_round")
+    with pytest.warns(RuntimeWarning, match="raised ImportError"):
+        assert not rounding._check(CPU)
 
 
 def test_the_check_knows_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distmuon import Muon, exchange
+from distmuon import Muon, exchange, rounding
 from distmuon.kernels import elementwise, elementwise_triton
 from distmuon.kernels.symmetric import symmetric_backend
 from distmuon.orthogonalize import api
@@ -71,6 +71,32 @@ def test_a_step_by_kernels_is_the_step_by_torch(
     for name, value in expected.items():
         # Updates of RMS 0.2 times lr: float16 products are within 1e-2 of others.
         torch.testing.assert_close(found[name], value, rtol=0, atol=3e-3, msg=name)
+
+
+def decayed(steps: int) -> list[Tensor]:
+    """bfloat16 parameters without a master, after steps that only decay them."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(20, 40), (30,), (17, 3)]
+    named = [
+        (str(i), nn.Parameter(torch.randn(shape, generator=generator).bfloat16()))
+        for i, shape in enumerate(shapes)
+    ]
+    groups = [{"params": named[:1]}, {"params": named[1:], "algorithm": "adamw"}]
+    optimizer = Muon(groups, lr=0.1, weight_decay=0.3, stochastic_rounding=0)
+    for _ in range(steps):
+        for _, parameter in named:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    return [parameter.detach() for _, parameter in named]
+
+
+def test_the_kernel_rounds_parameters_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = decayed(3)
+    as_on_a_gpu(monkeypatch)
+    with symmetric_backend("torch"):
+        found = decayed(3)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert rounding._trusted == {torch.device("cpu"): True}, "by the kernel"
 
 
 def test_small_matrices_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
