@@ -14,6 +14,7 @@ from distmuon.collectives import Communicator, Pending
 from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.group_check import canonical_name
+from distmuon.kernels import elementwise
 from distmuon.layout import Layout
 from distmuon.rounding import Piece, make_key, round_
 
@@ -156,9 +157,13 @@ class FlatRange(Range):
         It replaces the master where that is a copy, or weights loaded into a bf16 model would be
         overwritten by it.
         """
-        if self.master.data_ptr() != self.mine.data_ptr():
-            written = self.mine != self.master.to(self.flat.dtype)
-            self.master.copy_(torch.where(written, self.mine.to(self.master.dtype), self.master))
+        if self.master.data_ptr() == self.mine.data_ptr():
+            return
+        if self.mine.dtype == torch.bfloat16 and elementwise.takes(self.master):
+            elementwise.adopt_(self.master, self.mine)
+            return
+        written = self.mine != self.master.to(self.flat.dtype)
+        self.master.copy_(torch.where(written, self.mine.to(self.master.dtype), self.master))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

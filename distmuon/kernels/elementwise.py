@@ -69,6 +69,18 @@ def momentum_(
     launch_momentum(grad, buffer, momentum=momentum, nesterov=nesterov, largest=largest)
 
 
+def adopt_(master: Tensor, narrow: Tensor) -> None:
+    """Replace what is not rounded to `narrow` by it. For a master that `takes` accepts.
+
+    Args:
+        master: Updated in place.
+        narrow: bfloat16 of the same shape, contiguous.
+    """
+    from distmuon.kernels.elementwise_triton import launch_adopt
+
+    launch_adopt(master, narrow)
+
+
 def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
     """`update_rules.apply_`, fused. For tensors that `takes` accepts.
 
@@ -115,7 +127,7 @@ def adamw_(
 
 
 def _check(device: torch.device) -> bool:
-    """Whether all three compute right on this device; warns if not."""
+    """Whether all of them compute right on this device; warns if not."""
     try:
         error = self_check(device)
     except Exception as problem:
@@ -161,4 +173,8 @@ def self_check(device: torch.device) -> float:
         errors += [g - g64, m - m64, (largest - g.abs().max()).expand_as(g)]
     apply_(p, g, lr=0.1, weight_decay=0.5)
     errors.append((p - (p64 * 0.95 - 0.1 * g64)) / p64.abs().clamp(min=1))
+    narrow, adopted = p.bfloat16(), p.clone()
+    narrow[::3] = g[::3].bfloat16()
+    adopt_(adopted, narrow)
+    errors.append(adopted - torch.where(narrow != p.bfloat16(), narrow.float(), p))
     return float(torch.stack(errors).abs().max().nan_to_num(torch.inf))

@@ -88,6 +88,19 @@ def _adamw_kernel(
     tl.store(param_ptr + at, param - rate * first / denominator, mask=inside)
 
 
+@triton.jit
+def _adopt_kernel(master_ptr, narrow_ptr, count, BLOCK: tl.constexpr):
+    """Where BLOCK bfloat16 numbers are not the rounded ones of their float32 master, take them."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    bits = tl.load(master_ptr + at, mask=inside, other=0)
+    narrow = tl.load(narrow_ptr + at, mask=inside, other=0).to(tl.int32)
+    # To the nearest, of two as near to the even one.
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    written = (nearest != narrow) | ((bits & 0x7FFFFFFF) > 0x7F800000)
+    tl.store(master_ptr + at, narrow << 16, mask=inside & written)
+
+
 # Specialized for the values of the keys it would be compiled again and again.
 @triton.jit(do_not_specialize=["first", "second"])
 def _round_kernel(
@@ -137,6 +150,19 @@ def launch_round(
         FIRST_FACTOR=factors[0],
         SECOND_FACTOR=factors[1],
         BLOCK=BLOCK,
+    )
+
+
+def launch_adopt(master: Tensor, narrow: Tensor) -> None:
+    """Take into a master what was written into its rounded copy, in one pass.
+
+    Args:
+        master: float32 [n], contiguous; updated in place.
+        narrow: bfloat16 [n], contiguous.
+    """
+    count = master.numel()
+    _adopt_kernel[triton.cdiv(count, BLOCK),](
+        master.view(torch.int32), narrow.view(torch.int16), count, BLOCK=BLOCK
     )
 
 

@@ -13,7 +13,10 @@ triton = pytest.importorskip("triton")
 
 HALF_POINTERS = {"a_ptr", "b_ptr", "c_ptr", "out_ptr"}
 POINTERS = {"bits_ptr": "*i32"}
-ROUNDING_POINTERS = {"out_ptr": "*i16", "value_ptr": "*i32"}
+AS_INTEGERS = {
+    "_round_kernel": {"out_ptr": "*i16", "value_ptr": "*i32"},
+    "_adopt_kernel": {"master_ptr": "*i32", "narrow_ptr": "*i16"},
+}
 INTEGERS = {"m", "k", "count"}
 KEYS = {"first", "second"}
 HOPPER, AMPERE = 90, 80
@@ -86,7 +89,8 @@ def test_on_hopper_the_kernel_uses_its_matrix_instructions_and_wide_stores() -> 
 
 
 @pytest.mark.parametrize(
-    "kernel", ["_momentum_kernel", "_apply_kernel", "_adamw_kernel", "_round_kernel"]
+    "kernel",
+    ["_momentum_kernel", "_apply_kernel", "_adamw_kernel", "_round_kernel", "_adopt_kernel"],
 )
 def test_the_update_rules_compile_to_wide_loads(kernel: str) -> None:
     from distmuon.kernels import elementwise_triton
@@ -96,13 +100,12 @@ def test_the_update_rules_compile_to_wide_loads(kernel: str) -> None:
         constants |= {"NESTEROV": True, "LARGEST": True}
     if kernel == "_round_kernel":
         constants |= {"FIRST_FACTOR": 3, "SECOND_FACTOR": 5}
-    pointers = ROUNDING_POINTERS if kernel == "_round_kernel" else POINTERS
     compiled = compile_kernel(
         getattr(elementwise_triton, kernel),
         constants,
         half="fp16",
         capability=HOPPER,
-        pointers=pointers,
+        pointers=AS_INTEGERS.get(kernel, POINTERS),
     )
     assert "ld.global.v4" in compiled.asm["ptx"]
 

@@ -92,6 +92,23 @@ def test_adamw(count: int) -> None:
         assert_only(memory, count)
 
 
+@pytest.mark.parametrize("count", [1, 17, 5001])
+def test_masters_take_what_was_written_into_their_copies(count: int) -> None:
+    memory, master = poisoned(count)
+    master[0] = 1 + 2**-8  # as near to 1 as to the next: to the even one
+    narrow = master.bfloat16()
+    expected = master.clone()
+    for place, value in ((1, 3.0), (2, torch.inf), (3, -0.5)):
+        if place < count:
+            narrow[place] = expected[place] = value
+    if count > 5:
+        master[4], expected[4] = torch.nan, narrow[4].float()
+        master[5] = expected[5] = narrow[5] = torch.inf
+    elementwise.adopt_(master, narrow)
+    assert torch.equal(master, expected)
+    assert_only(memory, count)
+
+
 @pytest.mark.parametrize("count", [1, 17, 2048, 5001])
 def test_rounding_draws_the_bits_of_torch(count: int) -> None:
     value = torch.randn(count + 20) * 1e3

@@ -73,8 +73,8 @@ def test_a_step_by_kernels_is_the_step_by_torch(
         torch.testing.assert_close(found[name], value, rtol=0, atol=3e-3, msg=name)
 
 
-def decayed(steps: int) -> list[Tensor]:
-    """bfloat16 parameters without a master, after steps that only decay them."""
+def decayed(seed: int | None) -> list[Tensor]:
+    """bfloat16 parameters after steps that only decay them; one is written to in between."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(20, 40), (30,), (17, 3)]
     named = [
@@ -82,21 +82,35 @@ def decayed(steps: int) -> list[Tensor]:
         for i, shape in enumerate(shapes)
     ]
     groups = [{"params": named[:1]}, {"params": named[1:], "algorithm": "adamw"}]
-    optimizer = Muon(groups, lr=0.1, weight_decay=0.3, stochastic_rounding=0)
-    for _ in range(steps):
+    optimizer = Muon(groups, lr=0.1, weight_decay=0.3, stochastic_rounding=seed)
+    for _ in range(3):
         for _, parameter in named:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
+        with torch.no_grad():
+            named[0][1][3] = 0.7
     return [parameter.detach() for _, parameter in named]
 
 
-def test_the_kernel_rounds_parameters_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = decayed(3)
+@pytest.mark.parametrize("seed", [None, 0])
+def test_narrow_parameters_have_the_same_bits_by_kernels(
+    seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = decayed(seed)
+    adopted: list[int] = []
+    adopt = elementwise_triton.launch_adopt
+
+    def count(master: Tensor, narrow: Tensor) -> None:
+        adopted.append(master.numel())
+        adopt(master, narrow)
+
     as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(elementwise_triton, "launch_adopt", count)
     with symmetric_backend("torch"):
-        found = decayed(3)
+        found = decayed(seed)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert rounding._trusted == {torch.device("cpu"): True}, "by the kernel"
+    assert len(adopted) == (6 if seed is None else 0), "two buffers in three steps"
+    assert seed is None or rounding._trusted == {torch.device("cpu"): True}, "by the kernel"
 
 
 def test_small_matrices_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
