@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import hypothesis
 import pytest
 import torch
+
+# A script's job in the background ignores Ctrl-C and hands that down to every program it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes share the cores, and an OpenMP reduction's order depends on the number of threads:
 # ranks have one, so what they are compared with has one.
