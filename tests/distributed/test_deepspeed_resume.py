@@ -58,43 +58,34 @@ def sit_each(configs: Sequence[Config]) -> list[str]:
         return [sit(config) for config in configs]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs of `sit_in_both_engines`, on two ranks."""
-    folder: Path = tmp_path_factory.mktemp("deepspeed")
-    assert run_ranks(2, sit_in_both_engines, folder, timeout=LIMIT) == [[""] * 6] * 2
-    return folder
-
-
-def test_two_sittings_in_deepspeed_are_one_run_bitwise(runs: Path) -> None:
-    kept = sorted(path.name for path in RunFolder(runs / "one/x").checkpoints.iterdir())
+def test_a_run_goes_on_to_the_bit_on_other_ranks_and_in_either_engine(tmp_path: Path) -> None:
+    """One test: its runs are made once, whichever worker has it."""
+    assert run_ranks(2, sit_in_both_engines, tmp_path, timeout=LIMIT) == [[""] * 6] * 2
+    kept = sorted(path.name for path in RunFolder(tmp_path / "one/x").checkpoints.iterdir())
     assert kept == ["step-00000004", "step-00000008", "step-00000010"]
-    assert [path.name for path in (runs / "two").iterdir()] == ["x"], "it goes on in its own folder"
-    assert_same_run(runs / "one/x", runs / "two/x")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["x"], "in its own folder"
+    assert_same_run(tmp_path / "one/x", tmp_path / "two/x")
+    assert_same_losses(tmp_path / "native/x", tmp_path / "moved/x")
+    assert_twenty_same_losses(tmp_path)
+    configs = [
+        configure(tmp_path / f"{engine} 3", f"run.engine={engine}")
+        for engine in ("deepspeed", "native")
+    ]
+    for config in configs:
+        cut_short(tmp_path / "one/x", folder_of(config).path, step=4)
+    assert run_ranks(3, sit_each, configs, timeout=LIMIT) == [[""] * 2] * 3
+    for config in configs:
+        assert_same_losses(tmp_path / "one/x", folder_of(config).path)
 
 
-def test_deepspeed_goes_on_with_a_native_run(runs: Path) -> None:
-    assert_same_losses(runs / "native/x", runs / "moved/x")
-
-
-def test_twenty_steps_have_the_same_losses_in_either_engine(runs: Path) -> None:
+def assert_twenty_same_losses(folder: Path) -> None:
     native, deepspeed = (
-        [line.loss for line in read_metrics(RunFolder(runs / f"{engine} 20/x").metrics)]
+        [line.loss for line in read_metrics(RunFolder(folder / f"{engine} 20/x").metrics)]
         for engine in ("native", "deepspeed")
     )
     assert len(native) == len(deepspeed) == 20
     assert max(abs(a - b) for a, b in zip(native, deepspeed, strict=True)) <= 1e-5
     assert native[-1] < native[0] - 1.0
-
-
-def test_other_ranks_go_on_in_either_engine(runs: Path, tmp_path: Path) -> None:
-    engines = ("deepspeed", "native")
-    configs = [configure(tmp_path / engine, f"run.engine={engine}") for engine in engines]
-    for config in configs:
-        cut_short(runs / "one/x", folder_of(config).path, step=4)
-    assert run_ranks(3, sit_each, configs, timeout=LIMIT) == [[""] * 2] * 3
-    for config in configs:
-        assert_same_losses(runs / "one/x", folder_of(config).path)
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
