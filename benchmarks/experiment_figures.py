@@ -156,9 +156,10 @@ def draw_shape_rules(rows: Rows) -> Figure:
         heights = [ratios[rule][kind] if rule in ratios else 0.0 for rule, kind in places]
         bars = weights.bar(left, heights, width * 0.92, color=f"C{index}", label=name)
         weights.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center")
-    weights.axhline(1.0, color="0.3", linewidth=1)
+    weights.axhline(1.0, color="0.3", linewidth=1, zorder=0)
     weights.set_xticks(range(len(places)), [f"{kind}\n{rule}" for rule, kind in places])
     weights.set_ylim(0, 2.6)
+    weights.set_axisbelow(True)
     _finish(weights, "weight RMS at the end", "", "as a multiple of Baseline's")
     return figure
 

@@ -17,7 +17,9 @@ from benchmarks.experiment_tables import (
     Rows,
     best_adamw,
     crossing,
+    mean_loss,
     rule_ratios,
+    shortest,
     weight_rms,
 )
 from benchmarks.experiments import RANKS, RESULTS, find_rows, image_path
@@ -185,3 +187,17 @@ def test_the_page_has_the_tables_of_the_real_results(name: str) -> None:
         assert table in PAGE, f"python -m benchmarks.experiments tables {name}"
     assert image_path(name).is_file(), f"python -m benchmarks.experiments figures {name}"
     assert f"(images/{image_path(name).name})" in PAGE
+
+
+def test_the_real_results_are_what_page_and_readme_say() -> None:
+    rows = rows_of("ratio", REAL)
+    _, adamw = best_adamw(rows)
+    ends = zip(adamw, rows["Muon, lr 0.012"], rows["Muon, 416 steps"], strict=True)
+    assert all(muon.val_loss < short.val_loss < theirs.val_loss for theirs, muon, short in ends)
+    assert "0.45 of AdamW's" in shortest(rows)
+    assert mean_loss(adamw) - mean_loss(rows["Muon, lr 0.012"]) == pytest.approx(0.15, abs=5e-3)
+    ratios = rule_ratios(rows_of("shape_rules", REAL), "p5")["Adjusted LR"]
+    assert ratios == {"query": pytest.approx(0.975, rel=0.15), "MLP": pytest.approx(1.94, rel=0.15)}
+    plain, inert, *_ = rows_of("qk_clip", REAL).values()
+    assert plain[0].validation == inert[0].validation
+    assert (plain[0].logits, plain[0].weights) == (inert[0].logits, inert[0].weights)
