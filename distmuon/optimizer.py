@@ -120,7 +120,8 @@ class Muon(SavedOptimizer):
             qk_clip: Attention layers whose logits are clipped (docs/qk-clip.md).
             wire: "bfloat16" halves the exchange's bytes, and rounds (docs/sharding.md).
             publish_bytes: Bytes to publish at a time as they become final; 0: all at the end.
-            **more: `decay_rule`, `max_update_rms`; see `distmuon.more_options`.
+            **more: `decay_rule`, `max_update_rms`, `stochastic_rounding`; see
+                `distmuon.more_options`.
 
         Raises:
             ValueError: for a value out of range, a parameter that is frozen or in two groups, a
