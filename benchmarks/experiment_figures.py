@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.experiment_jobs import (
     ADAMW_LRS,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Corner = Literal["best", "lower right"]
+
 _HEIGHT = 480
 _LOSS = "validation loss, nats per byte"
 _COLOURS = {"AdamW": "C1", "Muon": "C0"}
@@ -44,7 +46,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _finish(axes: Axes, title: str, across: str, up: str, *, legend: str = "best") -> None:
+def _finish(axes: Axes, title: str, across: str, up: str, *, legend: Corner = "best") -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
@@ -54,7 +56,7 @@ def _finish(axes: Axes, title: str, across: str, up: str, *, legend: str = "best
         axes.legend(loc=legend, framealpha=0.85)
 
 
-def _dots(axes: Axes, place: float, values: Sequence[float], **style: object) -> None:
+def _dots(axes: Axes, place: float, values: Sequence[float], **style: Any) -> None:
     """A dot for each seed."""
     axes.plot([place] * len(values), values, "o", alpha=0.7, markersize=5, **style)
 
@@ -232,7 +234,7 @@ def draw_qk_clip(rows: Rows) -> Figure:
         for index, result in enumerate(results):
             label = None if index else name
             steps, largest = zip(*result.logits, strict=True)
-            style = {"color": colours[name], "linewidth": widths[name]}
+            style: dict[str, Any] = {"color": colours[name], "linewidth": widths[name]}
             logits.plot(steps, largest, label=label, **style)
             if f"{HIGH_LR:g}" in name:
                 steps, values = zip(*result.validation, strict=True)

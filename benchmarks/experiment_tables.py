@@ -232,8 +232,8 @@ def shape_rules_tables(rows: Rows) -> list[str]:
             )
     for rule, (loss, query, mlp) in PAPER_RULES.items():
         shares = (query / PAPER_RULES["Baseline"][1], mlp / PAPER_RULES["Baseline"][2])
-        sizes = (f"{query:.5f}", f"{mlp:.4f}")
-        cells.append([f"paper: {rule}", f"{loss:g}", "-", *sizes, *(f"{x:.3f}" for x in shares)])
+        found = (f"{query:.5f}", f"{mlp:.4f}", *(f"{share:.3f}" for share in shares))
+        cells.append([f"paper: {rule}", f"{loss:g}", "-", *found])
     head = ["rule", "val loss", "spread", "query RMS", "MLP RMS", "query/Baseline", "MLP/Baseline"]
     return [to_markdown(head, cells)]
 

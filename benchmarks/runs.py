@@ -180,13 +180,16 @@ class Bench:
         began = time.perf_counter()
         subprocess.run(command, check=True)
         lines = read_metrics(self.folder / name / "metrics.jsonl")
+        clips = [(line.step, line.qk_clip) for line in lines if line.qk_clip is not None]
         result = Result(
             config=key,
             name=job.name,
             seed=job.seed,
             steps=lines[-1].step,
             loss=round(lines[-1].loss, 6),
-            **_curves(lines),
+            validation=_losses(lines),
+            logits=tuple((step, round(clip["max_logit"], 3)) for step, clip in clips),
+            clipped=sum(int(clip["clipped_heads"]) for _, clip in clips),
             weights=describe_weights(load_file(self.folder / name / "model.safetensors")),
             optimizer_ms=round(mean(line.optimizer_ms for line in lines), 3),
             wall_s=round(time.perf_counter() - began, 1),
@@ -200,15 +203,8 @@ class Bench:
         return result
 
 
-def _curves(lines: Sequence[StepMetrics]) -> dict[str, tuple[tuple[int, float], ...] | int]:
-    clips = [(line.step, line.qk_clip) for line in lines if line.qk_clip is not None]
-    return {
-        "validation": tuple(
-            (x.step, round(x.val_loss, 6)) for x in lines if x.val_loss is not None
-        ),
-        "logits": tuple((step, round(clip["max_logit"], 3)) for step, clip in clips),
-        "clipped": sum(int(clip["clipped_heads"]) for _, clip in clips),
-    }
+def _losses(lines: Sequence[StepMetrics]) -> tuple[tuple[int, float], ...]:
+    return tuple((x.step, round(x.val_loss, 6)) for x in lines if x.val_loss is not None)
 
 
 def describe_weights(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
