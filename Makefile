@@ -34,7 +34,7 @@ train: $(VENV)/.train $(VENV)/.data ## train on Shakespeare with NPROC=2 ranks; 
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py \
 		--config configs/shakespeare.yaml $(ARGS)
 
-test: $(VENV)/.dev ## run all tests but the slow ones
+test: $(VENV)/.dev $(VENV)/.data ## run all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/docs -n $(JOBS) $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.data ## run every test

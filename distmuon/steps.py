@@ -219,9 +219,10 @@ def _orthogonal_updates(
     spec = ownership.layout.specs[tensors[0]]
     chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
     alike, factor = _only_scaled(bucket, spec, chosen), 1.0
-    if alike:  # `scatter` does it in passing
-        factor = update_rules.shape_factor(chosen.adjust_lr_fn, spec.axes, matrices[0].shape[-2:])
+    shape = matrices[0].shape[-2:]
     try:
+        if alike:  # `scatter` does it in passing
+            factor = update_rules.shape_factor(chosen.adjust_lr_fn, spec.axes, shape)
         with clock("newton-schulz"):
             if len(batch) > 1 and alike:
                 known = [each for each in largest if each is not None]
@@ -237,7 +238,7 @@ def _orthogonal_updates(
                 ]
     except Exception as error:
         names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
-        error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape)}")
+        error.add_note(f"while orthogonalizing {names} {list(shape)}")
         raise
     return values, factor
 

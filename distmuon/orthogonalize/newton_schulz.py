@@ -74,11 +74,11 @@ class _Factor(NamedTuple):
     matrix: Tensor
     shift: float
 
-    def times(self, x: Tensor) -> Tensor:
-        """The factor times x [..., m, n]."""
+    def times(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The factor times x [..., m, n], in memory of that shape if there is some to spare."""
         if self.shift == 0.0:
-            return product(self.matrix, x)
-        return product_add(x, self.matrix, x, beta=self.shift)
+            return product(self.matrix, x, out=out)
+        return product_add(x, self.matrix, x, beta=self.shift, out=out)
 
     def times_symmetric(self, r: Tensor, *, by: Tensor | None = None) -> Tensor:
         """The factor times a polynomial of the same matrix, [..., m, m], times a scale."""
@@ -129,10 +129,11 @@ def plain(x: Tensor, schedule: Schedule) -> Tensor:
         return x * scale
     r.mul_(square.to(r.dtype))
     x.mul_(scale.to(x.dtype))
+    spare: Tensor | None = None
     for step, triple in enumerate(schedule.coefficients):
         if step:
             r = symmetric_product(x, x.mT)
-        x = _factor(r, triple).times(x)
+        x, spare = _factor(r, triple).times(x, out=spare), x
     return x
 
 

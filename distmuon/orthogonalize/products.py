@@ -14,16 +14,24 @@ PANEL = 128
 SMALLEST_CUT = 384
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Product a @ b for [m, k] x [k, n], or for batches of them."""
-    return torch.matmul(a, b)
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Product a @ b for [m, k] x [k, n], or for batches of them; into `out` if there is one."""
+    return torch.matmul(a, b, out=out)
 
 
-def product_add(y: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+def product_add(
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    beta: float,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """Compute beta * y + alpha * a @ b, accumulated in the product's own epilogue."""
     if y.dim() == 2:
-        return torch.addmm(y, a, b, beta=beta, alpha=alpha)
-    return torch.baddbmm(y, a, b, beta=beta, alpha=alpha)
+        return torch.addmm(y, a, b, beta=beta, alpha=alpha, out=out)
+    return torch.baddbmm(y, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def symmetric_product(a: Tensor, b: Tensor, *, by: Tensor | None = None) -> Tensor:
