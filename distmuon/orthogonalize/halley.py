@@ -28,7 +28,7 @@ STEPS = 2
 # squares float32 loses beside the largest's: f(Q X) misses Q f(X) by 1e-5 at m = 512. Formed in
 # float64 the Gram matrix halves that, and is a tenth of the work; from this many rows on the
 # largest entry of the error is below 1e-5 in any case (docs/numerics.md).
-_FLOAT32_GRAM = 1024
+_FLOAT32_GRAM = 768
 
 # [Note: why this does not blow up] R' = R Z² with Z = alpha I + beta W, W = (I + c R)^-1, is the
 # Gram matrix of the next step. As two products it multiplies the rounding errors of R by up to a²,
