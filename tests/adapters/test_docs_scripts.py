@@ -51,7 +51,9 @@ def test_pretraining_and_fine_tuning(tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", printed)]
     assert len(losses) == 3
     assert losses[-1] < losses[0] - 1
-    assert "rank 0 of 2" in printed
+    found = re.search(r"Muon orthogonalized (\d+) matrices x 40 steps = (\d+) of (\d+)", printed)
+    assert found is not None, printed
+    assert int(found[1]) * 40 == int(found[2]) == int(found[3]) > 0
     printed = run(TORCHRUN, tmp_path, "finetune.py", "16")
     found = re.search(r"evaluation loss ([\d.]+) before, ([\d.]+) after 16 steps", printed)
     assert found is not None, printed
