@@ -107,12 +107,13 @@ class Spectrum(NamedTuple):
 class Probe:
     """Looks at nothing: what every step calls when nobody has asked."""
 
-    def look(self, matrix: int, polar: Tensor) -> None:
+    def look(self, matrix: int, polar: Tensor, scale: Tensor | None = None) -> None:
         """See a matrix that its owner has just orthogonalized.
 
         Args:
             matrix: Its index in the layout.
             polar: [m, n], not yet scaled for its shape; not to be changed or kept.
+            scale: [1, 1] in float32, what it is still to be multiplied by; None for 1.
         """
 
 
@@ -129,9 +130,9 @@ class SpectrumProbe(Probe):
         self.found: dict[int, Spectrum] = {}
 
     @override
-    def look(self, matrix: int, polar: Tensor) -> None:
+    def look(self, matrix: int, polar: Tensor, scale: Tensor | None = None) -> None:
         if matrix in self._picked:
-            self.found[matrix] = measure_spectrum(polar)
+            self.found[matrix] = measure_spectrum(polar if scale is None else polar * scale)
 
 
 def measure_spectrum(polar: Tensor) -> Spectrum:

@@ -16,7 +16,7 @@ from torch import Tensor
 from distmuon.collectives import Communicator, Pending
 from distmuon.failure import Topic
 from distmuon.layout import Segment
-from distmuon.orthogonalize.api import stack_numel
+from distmuon.orthogonalize.pipeline import stack_numel
 from distmuon.plan import ExchangePlan, Transfer, Wave, peer_counts
 
 
@@ -87,13 +87,16 @@ class Exchange:
             self._deliver(*returning, update)
         self._incoming = None
 
-    def scatter(self, tensor: int, value: Tensor, factor: float = 1.0, *, out: Tensor) -> None:
+    def scatter(
+        self, tensor: int, value: Tensor, factor: float | Tensor = 1.0, *, out: Tensor
+    ) -> None:
         """Put the update of a matrix that `gather` yielded last where its pieces belong.
 
         Args:
             tensor: Index in the layout.
-            value: [..., m, n], its update.
-            factor: What it is multiplied by on the way.
+            value: [..., m, n], its update, also in another dtype than `out`.
+            factor: What it is multiplied by on the way: a number, or [1] in float32, in which the
+                product is then computed.
             out: [shard_numel], the tensor given to `gather`; pieces held elsewhere are sent.
         """
         flat = value.reshape(-1)

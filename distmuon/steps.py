@@ -16,7 +16,9 @@ from distmuon.kernels import elementwise
 from distmuon.layout import TensorSpec
 from distmuon.options import GroupOptions
 from distmuon.orthogonalize import orthogonalize
+from distmuon.orthogonalize.api import orthogonalize_each
 from distmuon.orthogonalize.parts import check_parts
+from distmuon.orthogonalize.pipeline import Polar
 from distmuon.phases import PhaseClock
 from distmuon.publication import Publication
 from distmuon.row_state import row_shape
@@ -68,8 +70,8 @@ def muon_step(
     for batch in exchange.gather(update):
         active = [pair for pair in batch if present[ownership.members[pair[0]]]]
         known = [largest.get(tensor) for tensor, _ in active]
-        values, factor = _orthogonal_updates(bucket, active, known, options, clock, probe)
-        for (tensor, _), value in zip(active, values, strict=True):
+        found = _orthogonal_updates(bucket, active, known, options, clock, probe)
+        for (tensor, _), (value, factor) in zip(active, found, strict=True):
             exchange.scatter(tensor, value, factor, out=update)
             done.add(tensor)
         if publication is not None:
@@ -205,42 +207,56 @@ def _orthogonal_updates(
     options: Sequence[GroupOptions],
     clock: PhaseClock,
     probe: Probe,
-) -> tuple[list[Tensor], float]:
+) -> list[tuple[Tensor, float | Tensor]]:
     """Polar factors of gathered momenta [m, n] of one kind and group, or of their blocks.
 
     Returns:
-        The factors, and what they are still to be multiplied by.
+        Each, and what it is still to be multiplied by: a number, or [1] in float32.
     """
     ownership = bucket.spec.ownership
     assert ownership is not None, "a Muon bucket has owners"
     if not batch:
-        return [], 1.0
+        return []
     tensors, matrices = zip(*batch, strict=True)
     spec = ownership.layout.specs[tensors[0]]
     chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
-    alike, factor = _only_scaled(bucket, spec, chosen), 1.0
-    shape = matrices[0].shape[-2:]
     try:
-        if alike:  # `scatter` does it in passing
-            factor = update_rules.shape_factor(chosen.adjust_lr_fn, spec.axes, shape)
         with clock("newton-schulz"):
-            if len(batch) > 1 and alike:
-                known = [each for each in largest if each is not None]
-                amax = torch.cat(known) if len(known) == len(batch) else None
-                stack = _polar(torch.stack(matrices), chosen, amax)
-                for tensor, polar in zip(tensors, stack, strict=True):
-                    probe.look(tensor, polar)
-                values = list(stack)
-            else:
-                values = [
-                    _update(bucket, tensor, matrix, chosen, probe, amax)
-                    for (tensor, matrix), amax in zip(batch, largest, strict=True)
-                ]
+            if not _only_scaled(bucket, spec, chosen):
+                rows = zip(batch, largest, strict=True)
+                return [(_update(bucket, *pair, chosen, probe, amax), 1.0) for pair, amax in rows]
+            factor = update_rules.shape_factor(
+                chosen.adjust_lr_fn, spec.axes, matrices[0].shape[-2:]
+            )
+            polar = orthogonalize_each(
+                matrices,
+                coefficients=chosen.ns_coefficients,
+                steps=chosen.ns_steps,
+                dtype=products_dtype(chosen),
+                largest=largest,
+            )
+            return _unscaled(tensors, polar, factor, probe)
     except Exception as error:
         names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
-        error.add_note(f"while orthogonalizing {names} {list(shape)}")
+        error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape[-2:])}")
         raise
-    return values, factor
+
+
+def _unscaled(
+    tensors: Sequence[int], polar: Polar, factor: float, probe: Probe
+) -> list[tuple[Tensor, float | Tensor]]:
+    """Polar factors, and their factors: `scatter` multiplies in passing."""
+    for index, tensor in enumerate(tensors):
+        scale = None if polar.scale is None else polar.scale[index]
+        probe.look(tensor, polar.values[index], scale)
+    values = polar.values.unbind()
+    if polar.scale is not None:
+        return list(zip(values, (polar.scale * factor).view(-1, 1), strict=True))
+    if polar.values.dtype in (torch.float32, torch.float64):
+        return [(value, factor) for value in values]
+    # Half precision times a number would be rounded to half precision once more.
+    shared = torch.full((1,), factor, device=polar.values.device)
+    return [(value, shared) for value in values]
 
 
 def _only_scaled(bucket: Bucket[Range], spec: TensorSpec, options: GroupOptions) -> bool:
@@ -267,14 +283,13 @@ def _update(
     probe: Probe,
     largest: Tensor | None,
 ) -> Tensor:
-    """Polar factor of a momentum [m, n], or of its blocks; scaled, unless `_only_scaled`."""
+    """Update of a momentum [m, n], or of its blocks, in which the polar factor is only a part."""
     assert bucket.spec.ownership is not None, "a Muon bucket has owners"
     spec, second = bucket.spec.ownership.layout.specs[tensor], _row_state(bucket, tensor)
     if spec.blocks is None:
         polar = _polar(matrix, options, largest)
         probe.look(tensor, polar)
-        if not _only_scaled(bucket, spec, options):
-            _scale_(polar, spec.axes, options, second)
+        _scale_(polar, spec.axes, options, second)
         return polar
     values = [_polar(block, options) for block in cut(matrix, spec.blocks)]
     moments = [None] * len(values) if second is None else cut(second, spec.blocks)
@@ -287,7 +302,7 @@ def _update(
 
 
 def _polar(x: Tensor, options: GroupOptions, largest: Tensor | None = None) -> Tensor:
-    """Polar factor of a matrix x [m, n], or of each of a stack of them."""
+    """Polar factor of a matrix x [m, n]."""
     return orthogonalize(
         x,
         coefficients=options.ns_coefficients,

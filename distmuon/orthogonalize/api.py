@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from distmuon.errors import see
-from distmuon.orthogonalize import exact, halley, newton_schulz, policy, stability
+from distmuon.orthogonalize import policy, stability
 from distmuon.orthogonalize.coefficients import Coefficients
-from distmuon.orthogonalize.guards import is_finite, largest_entry, nonzero, power_of_two, prescale
+from distmuon.orthogonalize.pipeline import EXACT, NonFinite, Plan, Polar, polar_batch, polar_each
 from distmuon.orthogonalize.policy import Method
-from distmuon.orthogonalize.schedule import AnySchedule, Rational, Schedule
+from distmuon.orthogonalize.schedule import Schedule
 
-NonFinite: TypeAlias = Literal["propagate", "zero"]
 _METHODS: tuple[str, ...] = get_args(Method)
-_EXACT = ("svd", "eigh")
 _INPUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Below this many entries a matrix costs less than the calls it takes, and a CPU gains from
-# batched products; above, it loses the cache: measured, docs/numerics.md.
-_BATCHED_ENTRIES = 64 * 128
-# Entries that go through batched products at once elsewhere. It bounds the memory they take, about
-# 16 bytes each, and fills a GPU many times over.
-_STACKED_ENTRIES = 2**27
-# Frobenius norm of a float16 operand: its Gram matrix, of trace 64**2, stays inside the range.
-_FLOAT16_NORM = 64.0
 
 
 class Orthogonalized(NamedTuple):
@@ -124,128 +115,63 @@ def orthogonalize_checked(
     """
     _check_input(x)
     _check_choices(method, nonfinite, steps)
+    plan = _make_plan(x, method, coefficients, steps, dtype, nonfinite)
+    # Under autocast every product here would silently become a bfloat16 one.
+    with torch.autocast(x.device.type, enabled=False):
+        known = None if largest is None else largest.reshape(-1, 1, 1)
+        update, finite = polar_batch(x.reshape(-1, *x.shape[-2:]), plan, known)
+    return Orthogonalized(update.reshape(x.shape), finite.reshape(x.shape[:-2]))
+
+
+@torch.no_grad()
+def orthogonalize_each(
+    matrices: Sequence[Tensor],
+    *,
+    coefficients: Coefficients = "auto",
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    largest: Sequence[Tensor | None],
+) -> Polar:
+    """`orthogonalize` of equal matrices in memory apart, without the last pass over the results.
+
+    Args:
+        matrices: [m, n] each, of one shape, dtype and device; at most `stack_numel` entries in all,
+            or a single one. Never modified.
+        coefficients: as in `orthogonalize`.
+        steps: likewise.
+        dtype: likewise.
+        largest: of each matrix [1] in float32, its largest absolute entry; None to look.
+
+    Returns:
+        [count, m, n] and what they are still to be multiplied by.
+
+    Raises:
+        TypeError: as in `orthogonalize`.
+        ValueError: likewise.
+    """
+    _check_input(matrices[0])
+    plan = _make_plan(matrices[0], "auto", coefficients, steps, dtype, "propagate")
+    with torch.autocast(matrices[0].device.type, enabled=False):
+        return polar_each(matrices, plan, largest)
+
+
+def _make_plan(
+    x: Tensor,
+    method: Method,
+    coefficients: Coefficients,
+    steps: int | None,
+    dtype: torch.dtype | None,
+    nonfinite: NonFinite,
+) -> Plan:
     schedule = policy.for_device(
         coefficients, steps, method=method, requested=dtype, device=x.device, shape=x.shape
     )
     work = policy.working_dtype(x, method, dtype, schedule)
-    if method not in _EXACT and isinstance(schedule, Schedule):
+    if method not in EXACT and isinstance(schedule, Schedule):
         stability.check(schedule, policy.arithmetic(work, x.device))
     if method == "coupled" and isinstance(schedule, Schedule):
         stability.check_without_restart(schedule, policy.arithmetic(work, x.device))
-    plan = _Plan(method, schedule, work, nonfinite)
-    # Under autocast every product here would silently become a bfloat16 one.
-    with torch.autocast(x.device.type, enabled=False):
-        known = None if largest is None else largest.reshape(-1, 1, 1)
-        update, finite = _each(x.reshape(-1, *x.shape[-2:]), plan, known)
-    return Orthogonalized(update.reshape(x.shape), finite.reshape(x.shape[:-2]))
-
-
-class _Plan(NamedTuple):
-    method: Method
-    schedule: AnySchedule
-    dtype: torch.dtype
-    nonfinite: NonFinite
-
-    @property
-    def uses_lapack(self) -> bool:
-        """Whether LAPACK sees the matrix: it does not pass NaNs on, and rounds as memory lies."""
-        return self.method in _EXACT or isinstance(self.schedule, Rational)
-
-
-def _each(x: Tensor, plan: _Plan, largest: Tensor | None) -> tuple[Tensor, Tensor]:
-    count, m, n = x.shape
-    stacked = stack_numel(x.device) // (m * n)
-    if _batched_on_cpu(x, plan):
-        return _one(x, plan, largest)
-    if count == 1:
-        update, finite = _one(x[0], plan, None if largest is None else largest[0])
-        return update[None], finite[None]
-    if count <= stacked:
-        return _one(x, plan, largest)
-    # More than a step would hand over at once: its largest entries are looked for again.
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if stacked > 1:
-        slices = [slice(start, start + stacked) for start in range(0, count, stacked)]
-        return out, torch.cat([_one_into(out[some], x[some], plan) for some in slices])
-    return out, torch.stack([_one_into(out[i], x[i], plan) for i in range(count)])
-
-
-def _batched_on_cpu(x: Tensor, plan: _Plan) -> bool:
-    """Whether small matrices go through batched products, also a single one: they round alike then.
-
-    With sides that are multiples of four every matrix of a batch, and its Gram matrix, starts on a
-    boundary of 64 bytes; products of others would round by where they start. In half precision
-    torch's batched product rounds before it adds, with which `cubic` becomes infinite.
-    """
-    m, n = x.shape[-2:]
-    aligned = m % 4 == 0 and n % 4 == 0
-    exact = plan.dtype == torch.float32 and not plan.uses_lapack
-    return x.device.type == "cpu" and m * n <= _BATCHED_ENTRIES and aligned and exact
-
-
-def stack_numel(device: torch.device) -> int:
-    """Entries of equal matrices that are worth one call: 0 on CPUs, where single ones are faster.
-
-    Args:
-        device: Where they are.
-    """
-    return 0 if device.type == "cpu" else _STACKED_ENTRIES
-
-
-def _one_into(out: Tensor, x: Tensor, plan: _Plan) -> Tensor:
-    update, finite = _one(x, plan)
-    out.copy_(update)
-    return finite
-
-
-def _one(x: Tensor, plan: _Plan, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One matrix [m, n] and a flag, or a batch computed as one and a flag for each."""
-    amax = largest_entry(x) if largest is None else largest
-    finite = is_finite(amax)
-    # float16 is scaled once more before it is rounded to, LAPACK has no half precision.
-    at_once = plan.dtype == torch.bfloat16 and plan.method not in _EXACT
-    scaled = prescale(x, amax, plan.dtype if at_once else None)
-    if plan.nonfinite == "zero" or plan.uses_lapack:
-        # LAPACK raises on NaN or loses it, and inf * 0 is NaN: only a selection removes them.
-        scaled = torch.where(finite, scaled, 0.0)
-    tall = x.size(-2) > x.size(-1)
-    # A copy, as products of transposed views round differently; also of a view of one column.
-    wide = scaled.mT.clone(memory_format=torch.contiguous_format) if tall else scaled
-    del scaled
-    out = _iterate(wide, plan) if plan.method not in _EXACT else _decompose(wide, plan)
-    out = out.mT if tall else out
-    if plan.nonfinite == "propagate" and plan.uses_lapack:
-        out = torch.where(finite, out, torch.nan)
-    return out.to(x.dtype).contiguous(), finite[..., 0, 0]
-
-
-def _decompose(wide: Tensor, plan: _Plan) -> Tensor:
-    # LAPACK and cuSOLVER have no half precision.
-    work = wide.to(torch.promote_types(plan.dtype, torch.float32))
-    return exact.svd(work) if plan.method == "svd" else exact.eigh(work)
-
-
-def _iterate(wide: Tensor, plan: _Plan) -> Tensor:
-    if isinstance(plan.schedule, Rational):
-        return halley.on_gram(wide.to(plan.dtype), plan.schedule)
-    precision = policy.arithmetic(plan.dtype, wide.device)
-    method = plan.method
-    if method == "auto":
-        method = policy.choose_form(wide, plan.schedule, precision)
-    if plan.dtype == torch.float16:
-        norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-        # A power of two, and one pass: what is rounded is rounded once, to float16.
-        work = torch.empty_like(wide, dtype=plan.dtype)
-        torch.mul(wide, power_of_two(nonzero(norm)).mul_(_FLOAT16_NORM), out=work)
-    else:
-        work = wide.to(plan.dtype)
-    if method == "gram":
-        return newton_schulz.on_gram(
-            work, plan.schedule, stability.windows(plan.schedule, precision)
-        )
-    if method == "coupled":
-        return newton_schulz.coupled(work, plan.schedule)
-    return newton_schulz.plain(work, plan.schedule)
+    return Plan(method, schedule, work, nonfinite)
 
 
 def _check_input(x: Tensor) -> None:
@@ -284,7 +210,7 @@ def _check_choices(method: str, nonfinite: str, steps: int | None) -> None:
         raise ValueError(
             f"Unknown {nonfinite=}. Must be 'propagate' or 'zero'." + see("bad-option")
         )
-    if method in _EXACT and steps is not None:
+    if method in EXACT and steps is not None:
         raise ValueError(
             f"Invalid {steps=} for {method=}, which takes none. Pass steps=None."
             + see("bad-option")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,9 @@ def power_of_two(amax: Tensor) -> Tensor:
     return power.add_(amax * 0)
 
 
-def prescale(x: Tensor, amax: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def prescale(
+    x: Tensor, amax: Tensor, dtype: torch.dtype | None = None, below: float = 1.0
+) -> Tensor:
     """Copy x into fresh contiguous memory, its largest entry brought near 1 by a power of two.
 
     Everything computed from the copy is independent of the input's memory: matrix products round
@@ -51,14 +55,47 @@ def prescale(x: Tensor, amax: Tensor, dtype: torch.dtype | None = None) -> Tenso
         x: [..., m, n] floating point. Not modified.
         amax: [..., 1, 1], the largest absolute value of each matrix.
         dtype: Of the result, rounded to once; None for one without rounding.
+        below: What the largest entries stay below, and are at least half of: a power of two.
 
     Returns:
         [..., m, n] contiguous, by default in float32 or, for a float64 input, float64. Zero where
         amax is zero, NaN where amax is not finite.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _without_rounding(x)
     out = torch.empty(x.shape, dtype=dtype or wide, device=x.device)
-    return torch.mul(x, power_of_two(amax.to(wide)), out=out)
+    return torch.mul(x, _power(amax.to(wide), below), out=out)
+
+
+def prescale_each(
+    matrices: Sequence[Tensor], amax: Tensor, dtype: torch.dtype | None = None, below: float = 1.0
+) -> Tensor:
+    """`prescale` equal matrices that are apart into one stack, in a pass over each.
+
+    Args:
+        matrices: [m, n] each. Not modified.
+        amax: [count, 1, 1].
+        dtype: As in `prescale`.
+        below: Likewise.
+
+    Returns:
+        [count, m, n] contiguous.
+    """
+    wide = _without_rounding(matrices[0])
+    shape = len(matrices), *matrices[0].shape
+    out = torch.empty(shape, dtype=dtype or wide, device=amax.device)
+    for x, power, place in zip(matrices, _power(amax.to(wide), below), out, strict=True):
+        torch.mul(x, power, out=place)
+    return out
+
+
+def _without_rounding(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _power(amax: Tensor, below: float) -> Tensor:
+    power = power_of_two(amax)
+    # Zero times an infinite power would be NaN.
+    return power if below == 1.0 else power.mul_(below).clamp_(max=1 / torch.finfo(amax.dtype).tiny)
 
 
 def nonzero(norm: Tensor) -> Tensor:

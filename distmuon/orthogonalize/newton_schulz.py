@@ -75,10 +75,17 @@ class _Factor(NamedTuple):
     shift: float
 
     def times(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """The factor times x [..., m, n], in memory of that shape if there is some to spare."""
+        """The factor times x [..., m, n], in memory like x's if there is some to spare."""
+        left, right = self.matrix, x
+        turned = x.stride(-1) != 1 and x.stride(-2) == 1
+        if turned:
+            # From the other side, as the matrix is symmetric: the result lies in memory as x does.
+            left, right, out = x.mT, self.matrix, None if out is None else out.mT
         if self.shift == 0.0:
-            return product(self.matrix, x, out=out)
-        return product_add(x, self.matrix, x, beta=self.shift, out=out)
+            result = product(left, right, out=out)
+        else:
+            result = product_add(left if turned else right, left, right, beta=self.shift, out=out)
+        return result.mT if turned else result
 
     def times_symmetric(self, r: Tensor, *, by: Tensor | None = None) -> Tensor:
         """The factor times a polynomial of the same matrix, [..., m, m], times a scale."""
@@ -102,7 +109,7 @@ def _factor(r: Tensor, triple: Triple, scale: _Scale | None = None) -> _Factor:
     return _Factor(z, 0.0)
 
 
-def plain(x: Tensor, schedule: Schedule) -> Tensor:
+def plain(x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor | None]:
     """Iterate on the matrix itself: R = X Xᵀ, X <- (a I + b R + c R²) X.
 
     The stable form in every dtype: each step starts from a fresh R, so a rounding error is never
@@ -113,28 +120,30 @@ def plain(x: Tensor, schedule: Schedule) -> Tensor:
         schedule: coefficients and normalization.
 
     Returns:
-        [..., m, n]; in float32 where the Triton kernel took part.
+        [..., m, n], and what it is still to be multiplied by: [..., 1, 1] in float32 where the
+        Triton kernel took part, None elsewhere.
 
     Source: https://kellerjordan.github.io/posts/muon/
     """
     r, scale = _gram_and_scale(x, schedule)
     square = scale * scale
     if folds(r):
-        # X keeps its own scale to the end, where it is undone with the change of dtype.
+        # X keeps its own scale to the end, where it is undone in a pass that is needed anyway.
         scales: _Scale | None = _Scale(scale, square)
         for step, triple in enumerate(schedule.coefficients):
             if step:
                 r, scales = symmetric_product(x, x.mT, by=square), None
             x = _factor(r, triple, scales).times(x)
-        return x * scale
-    r.mul_(square.to(r.dtype))
-    x.mul_(scale.to(x.dtype))
+        return x, scale
+    # By float32 numbers: a rounded scale, or one that float16 does not have, would be another.
+    r.mul_(square)
+    x.mul_(scale)
     spare: Tensor | None = None
     for step, triple in enumerate(schedule.coefficients):
         if step:
             r = symmetric_product(x, x.mT)
         x, spare = _factor(r, triple).times(x, out=spare), x
-    return x
+    return x, None
 
 
 def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) -> Tensor:
@@ -157,8 +166,8 @@ def on_gram(x: Tensor, schedule: Schedule, windows: Sequence[Sequence[Triple]]) 
             if folds(r) and len(triples) > 1:
                 q = _transform(r, triples, _Scale(scale, scale * scale))
             else:
-                r.mul_((scale * scale).to(r.dtype))
-                q = gram_transform(r, triples).mul_(scale.to(r.dtype))
+                r.mul_(scale * scale)
+                q = gram_transform(r, triples).mul_(scale)
         else:
             q = gram_transform(symmetric_product(x, x.mT), triples)
         x = _Factor(q, 0.0).times(x)

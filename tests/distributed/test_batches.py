@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmuon import Muon, exchange
-from distmuon.orthogonalize import api
+from distmuon import Muon, exchange, steps
+from distmuon.orthogonalize import orthogonalize_checked, pipeline
 from tests.harness import run_ranks
 
 SHAPES = [(12, 20)] * 5 + [(20, 12)] * 2 + [(3, 12, 20)]
@@ -24,16 +27,16 @@ def train(world_size: int, stacked: int) -> tuple[list[Tensor], int]:
     group = dist.group.WORLD if world_size > 1 else None
     optimizer = Muon(groups, lr=0.1, process_group=group, wave_bytes=4 * 500)
     largest = 0
-    whole = api.orthogonalize_checked
+    whole = steps.orthogonalize_each
 
-    def counting(x: Tensor, **options: object) -> object:
+    def counting(matrices: Sequence[Tensor], **options: Any) -> object:
         nonlocal largest
-        largest = max(largest, 1 if x.dim() == 2 else x.size(0))
-        return whole(x, **options)
+        largest = max(largest, len(matrices))
+        return whole(matrices, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "stack_numel", lambda device: stacked)
-        patch.setattr(api, "orthogonalize_checked", counting)
+        patch.setattr(steps, "orthogonalize_each", counting)
         for step in range(3):
             generator = torch.Generator().manual_seed(100 + step)
             for i, parameter in enumerate(parameters):
@@ -57,8 +60,8 @@ def test_stacks_give_what_single_matrices_give(world_size: int) -> None:
 def test_a_large_batch_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(7, 70, 130)
     x[4, 0, 0] = torch.nan
-    whole = api.orthogonalize_checked(x)
-    monkeypatch.setattr(api, "stack_numel", lambda device: 3 * 70 * 130)
-    pieces = api.orthogonalize_checked(x)
+    whole = orthogonalize_checked(x)
+    monkeypatch.setattr(pipeline, "stack_numel", lambda device: 3 * 70 * 130)
+    pieces = orthogonalize_checked(x)
     assert pieces.finite.tolist() == [True] * 4 + [False] + [True] * 2
     torch.testing.assert_close(pieces.update, whole.update, rtol=0, atol=1e-5, equal_nan=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distmuon import Muon, exchange, rounding
 from distmuon.kernels import elementwise, elementwise_triton
 from distmuon.kernels.symmetric import symmetric_backend
-from distmuon.orthogonalize import api
+from distmuon.orthogonalize import pipeline
 
 SHAPES = {"a": (20, 40), "b": (20, 40), "c": (20, 20), "experts": (2, 20, 40), "bias": (30,)}
 
@@ -24,7 +24,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
     looked: list[str] = []
-    look = api.largest_entry
+    look = pipeline.largest_entry
 
     def largest_entry(x: Tensor) -> Tensor:
         looked.append(str(list(x.shape)))
@@ -32,8 +32,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(elementwise, "takes", takes)
     monkeypatch.setattr(elementwise, "_LEAST_PIECE", 1)
-    monkeypatch.setattr(api, "largest_entry", largest_entry)
-    for module in (api, exchange):
+    monkeypatch.setattr(pipeline, "largest_entry", largest_entry)
+    for module in (pipeline, exchange):
         monkeypatch.setattr(module, "stack_numel", lambda device: 2**20)
     return looked
 
