@@ -90,7 +90,7 @@ class Companion:
             if self.counter == "group":
                 optimizer.param_groups[0]["step"] = count
             elif self.counter != "none":
-                kept["step"] = torch.tensor(float(count)) if self.counter == "tensor" else count
+                kept["step"] = self._counted(count, param) if self.counter == "tensor" else count
         optimizer.step()
         found = _tensors(optimizer, parameter)
         known = {name: each.shape for name, each in state.items()}
@@ -102,6 +102,12 @@ class Companion:
         for name, each in found.items():
             if each is not state[name]:
                 state[name].copy_(each)
+
+    def _counted(self, count: int, param: Tensor) -> Tensor:
+        # torch's fused kernels read the count on the parameter's device, by its address; the others
+        # on the host. Filled in, because a copy to a GPU would wait for it.
+        device = param.device if self.options.get("fused") else torch.device("cpu")
+        return torch.full((), float(count), device=device)
 
 
 @cache

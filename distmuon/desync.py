@@ -31,8 +31,8 @@ def check_desync(communicator: Communicator, buckets: Sequence[Bucket], step: in
     """
     names = [name for bucket in buckets for name in bucket.spec.names]
     sums = [checksum(p) for bucket in buckets for p in bucket.spec.parameters]
-    mine = torch.stack(sums).tolist()
     device = sums[0].device
+    mine = torch.stack([each.to(device) for each in sums]).tolist()
     least = communicator.extreme(mine, device, kind="min")
     most = communicator.extreme(mine, device, kind="max")
     differing = [i for i, (a, b) in enumerate(zip(least, most, strict=True)) if a != b]

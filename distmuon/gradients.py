@@ -351,14 +351,14 @@ def _require_same_parameters(model: nn.Module, buckets: Sequence[Bucket]) -> Non
 
 
 def _by_size(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Sets of at most `BUCKET_BYTES`, one dtype each, last parameters first as in backward."""
+    """Sets of at most `BUCKET_BYTES`, of one dtype and device, last parameters first."""
     sets: list[list[Tensor]] = []
-    size = BUCKET_BYTES
+    size, kind = BUCKET_BYTES, None
     for parameter in reversed(parameters):
         nbytes = parameter.numel() * parameter.element_size()
-        if size + nbytes > BUCKET_BYTES or parameter.dtype != sets[-1][0].dtype:
+        if size + nbytes > BUCKET_BYTES or (parameter.dtype, parameter.device) != kind:
             sets.append([])
-            size = 0
+            size, kind = 0, (parameter.dtype, parameter.device)
         sets[-1].append(parameter)
         size += nbytes
     return sets

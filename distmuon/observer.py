@@ -100,7 +100,9 @@ class StepObserver(Observer):
         self._picks = _pick(buckets, turn)
         self._probes: dict[int, SpectrumProbe] = {}
         self._present: dict[int, Sequence[bool]] = {}
-        zero = torch.zeros((), dtype=torch.float64, device=buckets[0].shard.master.device)
+        # Where the sums are made; a buffer may be on another device.
+        self._device = buckets[0].shard.master.device
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
         # For each group squares of the gradient, of the update and of the weights.
         self._squares = [[zero.clone() for _ in range(3)] for _ in options]
 
@@ -111,7 +113,7 @@ class StepObserver(Observer):
         for segment in bucket.shard.segments:
             if present[segment.tensor]:
                 piece = grad[segment.shard_start :][: segment.numel]
-                self._squares[bucket.spec.groups[segment.tensor]][0] += square_sum(piece)
+                self._add(bucket.spec.groups[segment.tensor], 0, piece)
         if bucket.spec.ownership is None:
             return Probe()
         picked = {pick.matrix for pick in self._picks if pick.bucket == index}
@@ -138,8 +140,11 @@ class StepObserver(Observer):
                 )
             elif bucket.spec.ownership is None:
                 made = torch.full_like(made[:1], math.nan)  # only the class knows its update
-            self._squares[group][1] += square_sum(made)
-            self._squares[group][2] += square_sum(shard.master[start:stop])
+            self._add(group, 1, made)
+            self._add(group, 2, shard.master[start:stop])
+
+    def _add(self, group: int, which: int, values: Tensor) -> None:
+        self._squares[group][which] += square_sum(values).to(self._device)
 
     @override
     def finish(self, flops: int) -> Diagnostics:
@@ -149,9 +154,8 @@ class StepObserver(Observer):
             mine += probe.found.get(pick.matrix, _NO_SPECTRUM)
         loads = [0.0] * self._communicator.world_size
         loads[self._communicator.rank] = float(flops)
-        device = self._buckets[0].shard.master.device
         with self._communicator.during(Topic("diagnostics")):
-            found = self._communicator.add_up_reals([*mine, *loads], device)
+            found = self._communicator.add_up_reals([*mine, *loads], self._device)
         count = 3 * len(self._options)
         squares = [found[i : i + 3] for i in range(0, count, 3)]
         spectra = found[count : count + 4 * len(self._picks)]
