@@ -71,7 +71,7 @@ class Facts:
         threads: Threads that torch takes for one product.
         cpu: Instructions that torch uses, such as "AVX512".
         bfloat16: Whether this CPU multiplies bfloat16 in hardware.
-        matmul: torch.get_float32_matmul_precision().
+        matmul: What float32 products may be computed in: "ieee", "tf32" or "bf16".
         cuda: CUDA (or ROCm) version that torch was built for; empty for a CPU build.
         nccl: Version of nccl; empty without.
         gpus: What torch sees.
@@ -101,7 +101,7 @@ def gather_facts() -> Facts:
     import torch
     import torch.distributed as dist
 
-    from distmuon.orthogonalize.policy import cpu_has_fast_bfloat16
+    from distmuon.orthogonalize.policy import cpu_has_fast_bfloat16, float32_products
     from distmuon.training.config import environment
 
     available = {
@@ -119,7 +119,7 @@ def gather_facts() -> Facts:
         threads=torch.get_num_threads(),
         cpu=torch.backends.cpu.get_cpu_capability(),
         bfloat16=cpu_has_fast_bfloat16(),
-        matmul=torch.get_float32_matmul_precision(),
+        matmul=float32_products(torch.device("cuda" if torch.cuda.device_count() else "cpu")),
         cuda=torch.version.cuda or torch.version.hip or "",
         nccl=_nccl_version(),
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),

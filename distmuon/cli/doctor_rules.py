@@ -170,10 +170,10 @@ def gpus(facts: Facts) -> Iterator[Finding]:
 
 def precision(facts: Facts) -> Iterator[Finding]:
     """A setting that changes float32 products."""
-    if facts.matmul != "highest":
+    if facts.matmul != "ieee":
         yield Finding(
             "note",
-            f'torch.set_float32_matmul_precision("{facts.matmul}") is in force.',
+            f"float32 products may be computed in {facts.matmul}: torch is set to it.",
             "Newton-Schulz keeps to the limits of the lower precision (docs/numerics.md).",
         )
 

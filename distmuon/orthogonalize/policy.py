@@ -158,8 +158,8 @@ def _checked(dtype: torch.dtype) -> torch.dtype:
 def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
     """Precision that products of this dtype really have.
 
-    torch.set_float32_matmul_precision may replace float32 products by TF32 or bfloat16 ones, whose
-    Gram matrices need the guards of those.
+    torch's settings may replace float32 products by TF32 or bfloat16 ones, whose Gram matrices need
+    the guards of those.
 
     Args:
         dtype: one of float64, float32, float16, bfloat16.
@@ -170,10 +170,24 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
     """
     if dtype != torch.float32:
         return _ARITHMETIC[dtype]
-    setting = torch.get_float32_matmul_precision()
-    if setting == "medium" and device.type == "cpu" and cpu_has_fast_bfloat16():
+    setting = float32_products(device)
+    if setting == "bf16" and device.type == "cpu" and cpu_has_fast_bfloat16():
         return "bfloat16"
-    return "float32" if setting == "highest" else "tf32"
+    return "float32" if setting == "ieee" else "tf32"
+
+
+def float32_products(device: torch.device) -> str:
+    """What torch may compute float32 products in: "ieee" for float32, "tf32" or "bf16".
+
+    Read as torch.backends' `fp32_precision`, which torch.set_float32_matmul_precision sets, too:
+    asked for the latter's value torch raises, once the former was set.
+
+    Args:
+        device: where the products run.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    setting: str = backend.matmul.fp32_precision
+    return "ieee" if setting == "none" else setting
 
 
 def choose_form(x: Tensor, schedule: Schedule, precision: Arithmetic) -> Form:

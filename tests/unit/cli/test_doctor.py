@@ -38,7 +38,7 @@ GOOD = Facts(
     threads=2,
     cpu="AVX512",
     bfloat16=True,
-    matmul="highest",
+    matmul="ieee",
     cuda="",
     nccl="",
     gpus=(),
@@ -72,7 +72,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"bfloat16": False}, "warning", "no bfloat16 products"),
     ({"named": False}, "problem", "GLOO_SOCKET_IFNAME"),
-    ({"matmul": "high"}, "note", "is in force"),
+    ({"matmul": "tf32"}, "note", "computed in tf32"),
     ({"cuda": "12.8"}, "warning", "sees no GPU"),
     ({"gpus": (OLD_GPU,), "backends": ("gloo", "nccl")}, "note", "older than Ampere"),
     ({"gpus": (GPU,)}, "problem", "no nccl"),
@@ -106,7 +106,7 @@ def test_a_good_machine_has_no_problem_and_every_rule_has_spoken() -> None:
 
 
 def test_the_worst_comes_first() -> None:
-    found = diagnose(replace(GOOD, named=False, bfloat16=False, matmul="high"))
+    found = diagnose(replace(GOOD, named=False, bfloat16=False, matmul="tf32"))
     levels = [finding.level for finding in found]
     assert levels == sorted(levels, key=["problem", "warning", "note"].index)
     assert levels[0] == "problem"

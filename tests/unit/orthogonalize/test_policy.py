@@ -1,5 +1,8 @@
 """Which dtype and which form, by what the device can do."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -96,6 +99,32 @@ def test_reduced_float32_products_get_the_guards_of_what_they_are(
         assert policy.arithmetic(torch.float64, CPU) == "float64"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("setting", ["tf32", "bf16"])
+@pytest.mark.parametrize("where", ["backends", "backends.mkldnn", "backends.mkldnn.matmul"])
+def test_the_new_settings_are_read_too(where: str, setting: str) -> None:
+    # In a process of its own: torch then refuses to tell the old setting, for good.
+    script = (
+        "import torch\n"
+        f"torch.{where}.fp32_precision = '{setting}'\n"
+        "from distmuon import Muon\n"
+        "from distmuon.orthogonalize import orthogonalize, policy\n"
+        "cpu = torch.device('cpu')\n"
+        "assert policy.arithmetic(torch.float32, cpu) != 'float32'\n"
+        "assert policy.arithmetic(torch.float64, cpu) == 'float64'\n"
+        "assert orthogonalize(torch.randn(200, 300)).isfinite().all()\n"
+        "weight = torch.nn.Parameter(torch.randn(8, 16))\n"
+        "weight.grad = torch.randn(8, 16)\n"
+        "Muon([weight]).step()\n"
+        "torch.backends.fp32_precision = torch.backends.mkldnn.fp32_precision = 'ieee'\n"
+        "torch.backends.mkldnn.matmul.fp32_precision = 'ieee'\n"
+        "assert policy.arithmetic(torch.float32, cpu) == 'float32'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_detection_is_a_flag_not_a_measurement() -> None:
