@@ -65,18 +65,23 @@ class HostClock(PhaseClock):
 
 
 class CudaClock(HostClock):
-    """Measures the current CUDA stream by events; only `seconds` waits for the device."""
+    """Measures a device's current stream by events; only `seconds` waits for it."""
 
-    def __init__(self) -> None:
-        """Start at zero."""
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero.
+
+        Args:
+            device: Which, also if another is the current one.
+        """
         super().__init__()
+        self._device = device
         # From each event to the next the stream worked on this phase; None between steps.
         self._marks: list[tuple[str | None, torch.cuda.Event]] = []
 
     @override
     def _switch(self) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         if self._marks:
             self._marks[-1] = (self._open[-1] if self._open else None, self._marks[-1][1])
         self._marks.append((None, event))
@@ -110,4 +115,4 @@ def make_clock(profile: Profile, device: torch.device) -> PhaseClock:
     """
     if profile == "off":
         return PhaseClock()
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.kernels import elementwise
+from distmuon.kernels.device import on_device_of
 
 _trusted: dict[torch.device, bool] = {}
 # Elements at a time: on CPUs what stays in the cache, elsewhere what bounds the temporaries.
@@ -128,14 +129,15 @@ def _check(device: torch.device) -> bool:
 def _round_by_kernel(out: Tensor, value: Tensor, pieces: Sequence[Piece]) -> None:
     from distmuon.kernels.elementwise_triton import launch_round
 
-    for piece in pieces:
-        launch_round(
-            out[piece.start : piece.stop],
-            value[piece.start : piece.stop],
-            first=_signed(piece.first + piece.key.first),
-            second=piece.key.second,
-            factors=(_FIRST, _SECOND),
-        )
+    with on_device_of(value):
+        for piece in pieces:
+            launch_round(
+                out[piece.start : piece.stop],
+                value[piece.start : piece.stop],
+                first=_signed(piece.first + piece.key.first),
+                second=piece.key.second,
+                factors=(_FIRST, _SECOND),
+            )
 
 
 def _round_by_torch(out: Tensor, value: Tensor, pieces: Sequence[Piece]) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from distmuon.errors import see
+from distmuon.kernels.device import on_device_of
 from distmuon.kernels.symmetric import triton_is_usable
 
 _trusted: dict[torch.device, bool] = {}
-# Elements of a piece that pay for a launch, on average: about a megabyte. Not yet measured.
-_LEAST_PIECE = 2**18
+# Elements of a piece, on average, that keep a GPU as busy as a launch the host: some 30 us at 16
+# bytes an element. Not yet measured.
+_LEAST_PIECE = 2**22
 _COUNT = 5000
 _TOLERANCE = 1e-5
 
@@ -66,7 +68,8 @@ def momentum_(
     """
     from distmuon.kernels.elementwise_triton import launch_momentum
 
-    launch_momentum(grad, buffer, momentum=momentum, nesterov=nesterov, largest=largest)
+    with on_device_of(grad):
+        launch_momentum(grad, buffer, momentum=momentum, nesterov=nesterov, largest=largest)
 
 
 def adopt_(master: Tensor, narrow: Tensor) -> None:
@@ -78,7 +81,8 @@ def adopt_(master: Tensor, narrow: Tensor) -> None:
     """
     from distmuon.kernels.elementwise_triton import launch_adopt
 
-    launch_adopt(master, narrow)
+    with on_device_of(master):
+        launch_adopt(master, narrow)
 
 
 def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
@@ -92,7 +96,8 @@ def apply_(param: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> 
     """
     from distmuon.kernels.elementwise_triton import launch_apply
 
-    launch_apply(param, update, lr=lr, weight_decay=weight_decay)
+    with on_device_of(param):
+        launch_apply(param, update, lr=lr, weight_decay=weight_decay)
 
 
 def adamw_(
@@ -116,14 +121,15 @@ def adamw_(
     """
     from distmuon.kernels.elementwise_triton import launch_adamw
 
-    launch_adamw(
-        tensors,
-        keep=1 - lr * weight_decay,
-        betas=betas,
-        root=math.sqrt(1 - betas[1] ** step),
-        eps=eps,
-        rate=lr / (1 - betas[0] ** step),
-    )
+    with on_device_of(tensors[0]):
+        launch_adamw(
+            tensors,
+            keep=1 - lr * weight_decay,
+            betas=betas,
+            root=math.sqrt(1 - betas[1] ** step),
+            eps=eps,
+            rate=lr / (1 - betas[0] ** step),
+        )
 
 
 def _check(device: torch.device) -> bool:

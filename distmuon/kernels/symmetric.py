@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.kernels import quack
+from distmuon.kernels.device import on_device_of
 from distmuon.kernels.tiles import Scaled, Tile, tile_for
 
 Backend: TypeAlias = Literal["auto", "torch", "triton", "quack"]
@@ -30,6 +31,7 @@ SMALLEST = 768
 _DTYPES = (torch.float16, torch.bfloat16)
 # Past this an offset inside one matrix does not fit into the kernel's 32-bit integers.
 _LARGEST_OFFSET = 2**31
+_LARGEST_BATCH = 2**16 - 1  # of a grid's second dimension
 _OLDEST_CAPABILITY = (8, 0)
 _backend: ContextVar[Backend] = ContextVar("symmetric_backend", default="auto")
 _trusted: dict[_Class, bool] = {}
@@ -249,7 +251,8 @@ def _with_triton(
     if squares is not None:
         square = a.new_empty(batch, tile.count(m), dtype=torch.float32)
         squares.append(square)
-    launch(a, b, c, out, alpha=alpha, beta=beta, square=square, tile=tile)
+    with on_device_of(a):
+        launch(a, b, c, out, alpha=alpha, beta=beta, square=square, tile=tile)
     return out
 
 
@@ -305,7 +308,8 @@ def _choose(
     operands = [a, b] if c is None else [a, b, c]
     if _backend.get() == "auto" and any(s % 16 for o in operands for s in o.stride() if s != 1):
         return "torch"
-    if any(m * x.stride(1) + k * x.stride(2) >= _LARGEST_OFFSET for x in operands):
+    ends = [x.size(1) * x.stride(1) + x.size(2) * x.stride(2) for x in operands]
+    if a.size(0) > _LARGEST_BATCH or max(*ends, m * m) >= _LARGEST_OFFSET:
         return "torch"
     tile = tile_for(m)
     key = _Class(

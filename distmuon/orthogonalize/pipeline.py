@@ -28,8 +28,9 @@ _BATCHED_ENTRIES = 64 * 128
 # Entries that go through batched products at once elsewhere. It bounds the memory they take, at
 # most 12 bytes each, and fills a GPU many times over.
 _STACKED_ENTRIES = 2**27
-# Entries from which a matrix of a stack is worth calls of its own. Not yet measured.
-_ALONE_ENTRIES = 2**18
+# Entries from which a matrix of a stack is worth calls of its own: of 512 x 2048, which a GPU takes
+# some 10 us for, as the host does for a call or two. Not yet measured.
+_ALONE_ENTRIES = 2**20
 # No entry of a float16 Gram matrix is larger: a sixteenth of what float16 holds.
 _FLOAT16_GRAM = 2.0**12
 
@@ -68,14 +69,20 @@ class Polar(NamedTuple):
     scale: Tensor | None
     finite: Tensor
 
-    def finish(self, dtype: torch.dtype) -> Tensor:
+    def finish(self, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """The polar factors, [..., m, n] contiguous.
 
         Args:
             dtype: Of the result.
+            out: Where to put it; None for memory of its own, or that of `values`.
         """
-        values = self.values if self.scale is None else self.values * self.scale
-        return values.to(dtype).contiguous()
+        if out is None and self.scale is None:
+            return self.values.to(dtype).contiguous()
+        if out is None:
+            out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
+        if self.scale is None:
+            return out.copy_(self.values)
+        return torch.mul(self.values, self.scale, out=out)
 
 
 def stack_numel(device: torch.device) -> int:
@@ -137,12 +144,13 @@ def polar_batch(x: Tensor, plan: Plan, largest: Tensor | None) -> tuple[Tensor, 
         return found.finish(x.dtype), found.finite[:, 0, 0]
     # More than a step would hand over at once: its largest entries are looked for again.
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    finite = torch.empty(count, dtype=torch.bool, device=x.device)
-    size = max(1, stacked)
-    for start in range(0, count, size):
-        some = slice(start, start + size)
-        out[some], finite[some] = polar_batch(x[some], plan, None)
-    return out, finite
+    flags = []
+    for start in range(0, count, max(1, stacked)):
+        some = x[start : start + max(1, stacked)]
+        part = _together(some, plan, None) if stacked > 1 else _alone(some[0], plan, None)
+        part.finish(x.dtype, out=out[start : start + max(1, stacked)])
+        flags.append(part.finite[:, 0, 0])
+    return out, torch.cat(flags)
 
 
 def _alone(x: Tensor, plan: Plan, largest: Tensor | None) -> Polar:

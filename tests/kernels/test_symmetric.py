@@ -52,6 +52,25 @@ def test_backends_are_chosen_by_name_and_for_a_while() -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 16384, 53248), "triton"),  # the largest matrix of Llama 405B
+        ((1, 20000, 120000), "torch"),  # past 32 bits
+        ((1, 46352, 16), "torch"),  # so is the product
+        ((2**16, 16, 16), "torch"),
+    ],
+)
+def test_offsets_and_grids_that_do_not_fit_are_left_to_cublas(
+    shape: tuple[int, int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(symmetric, "_wanted", lambda *_: "triton")
+    monkeypatch.setattr(symmetric, "_check", lambda _: True)
+    monkeypatch.setattr(symmetric, "_trusted", {})
+    x = torch.empty(shape, dtype=torch.float16, device="meta")
+    assert symmetric._choose(x, x.mT, None, scaled=(False, False), squares=False) == expected
+
+
 def test_quack_is_asked_for_only_by_who_has_it() -> None:
     with pytest.raises(ModuleNotFoundError, match="pip install quack-kernels"):
         with symmetric_backend("quack"):
