@@ -5,8 +5,8 @@
 
 Checks first, see gpu_checks.py. Then medians over fresh random inputs, by CUDA events; contestants
 of a line take turns. "bound" is the least FLOPs (symmetric products at half) over the rate of a
-bf16 product measured in the same run. One JSON line a result. A section that would start after the
-budget is left out, and said so.
+bf16 product that takes its turns with the contestants. One JSON line a result. A section that would
+start after the budget is left out, and said so; one that fails leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import argparse
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from benchmarks.gpu_bench import Bench, Contestants, race
+from benchmarks.gpu_bench import (
+    YARDSTICK,
+    Bench,
+    Contestants,
+    Yardstick,
+    commit,
+    race,
+    yardstick,
+)
 from benchmarks.gpu_checks import CHECKS, newton_schulz_flops, run_check
-from benchmarks.gpu_rules import elementwise
+from benchmarks.gpu_rules import CONTESTS, elementwise
 from distmuon import Muon
 from distmuon.kernels import symmetric
 from distmuon.kernels.symmetric import symmetric_backend
@@ -73,25 +81,18 @@ TRIED_TILES = (
 )
 
 
-def machine(bench: Bench) -> float:
-    """What this is, and its rate of bf16 products in FLOP/s."""
-    size = 64 if bench.tiny else 8192
-    a, b = (torch.randn(size, size, device=bench.device).bfloat16() for _ in range(2))
-    best = race({"mm": lambda x: x @ b}, [a], bench.device, 5 if bench.tiny else 30)["mm"]
-    rate = 2 * size**3 / best
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+def machine(bench: Bench, yard: Yardstick) -> None:
+    """What this is, and its rate of bf16 products."""
+    times = race({YARDSTICK: yard.call}, [None], bench.device, 5 if bench.tiny else 30)
     bench.record(
         "machine",
         device=platform.processor() if bench.tiny else torch.cuda.get_device_name(bench.device),
         torch=torch.__version__,
         triton=importlib.util.find_spec("triton") and __import__("triton").__version__,
         python=platform.python_version(),
-        commit=git.stdout.strip(),
-        tflops_bf16=rate / 1e12,
+        commit=commit(),
+        tflops_bf16=yard.flops / times[YARDSTICK] / 1e12,
     )
-    return rate
 
 
 def checks(bench: Bench) -> bool:
@@ -111,33 +112,27 @@ def checks(bench: Bench) -> bool:
     return fine
 
 
-def products(bench: Bench) -> None:
+def products(bench: Bench, m: int) -> None:
     """Symmetric products by every tile beside cuBLAS: sets the threshold and the table."""
-    sizes = (16,) if bench.tiny else (256, 512, 768, 1024, 2048, 4096)
-    for m in sizes:
-        for k in (m, 4 * m):
-            batch = 1 if bench.tiny else max(1, (2048 // m) ** 2)
-            inputs = [torch.randn(batch, m, k, device=bench.device).half() for _ in range(3)]
-
-            def whole(x: Tensor) -> Tensor:
-                return torch.bmm(x, x.mT)
-
-            contestants: Contestants = {"cublas": whole}
-            if not bench.tiny:
-                for tile in TRIED_TILES:
-                    name = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
-                    contestants[name] = lambda x, tile=tile: symmetric._with_triton(
-                        x, x.mT, None, Scaled(1.0), Scaled(0.0), None, tile
-                    )
-            times = race(contestants, inputs, bench.device, 5 if bench.tiny else 15)
-            best = min(times, key=lambda name: times[name])
-            flops = batch * m * m * k
-            bench.record(
-                "products", batch=batch, m=m, k=k, best=best,
-                speedup=times["cublas"] / times[best],
-                ms={name: 1e3 * t for name, t in times.items()},
-                tflops_symmetric={name: flops / t / 1e12 for name, t in times.items()},
-            )  # fmt: skip
+    for k in (m, 4 * m):
+        batch = 1 if bench.tiny else max(1, (2048 // m) ** 2)
+        inputs = [torch.randn(batch, m, k, device=bench.device).half() for _ in range(3)]
+        contestants: Contestants = {"cublas": lambda x: torch.bmm(x, x.mT)}
+        if not bench.tiny:
+            for tile in TRIED_TILES:
+                name = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
+                contestants[name] = lambda x, tile=tile: symmetric._with_triton(
+                    x, x.mT, None, Scaled(1.0), Scaled(0.0), None, tile
+                )
+        times = race(contestants, inputs, bench.device, 5 if bench.tiny else 15)
+        best = min(times, key=lambda name: times[name])
+        flops = batch * m * m * k
+        bench.record(
+            "products", batch=batch, m=m, k=k, best=best,
+            speedup=times["cublas"] / times[best],
+            ms={name: 1e3 * t for name, t in times.items()},
+            tflops_symmetric={name: flops / t / 1e12 for name, t in times.items()},
+        )  # fmt: skip
 
 
 def torch_muon(bench: Bench) -> Callable[[Tensor], list[Tensor]]:
@@ -158,8 +153,8 @@ def with_backend(backend: symmetric.Backend) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def newton_schulz(bench: Bench, rate: float) -> None:
-    """Whole orthogonalizations at the issue's shapes, against the FLOP bound and peers."""
+def everyone(bench: Bench) -> Contestants:
+    """Ours and the peers' Newton-Schulz."""
     contestants: Contestants = {
         "distmuon": orthogonalize,
         "distmuon, cuBLAS": with_backend("torch"),
@@ -169,18 +164,26 @@ def newton_schulz(bench: Bench, rate: float) -> None:
         contestants["distmuon, quack"] = with_backend("quack")
     if not bench.tiny:
         contestants |= gram_newton_schulz()
-    for shape in TINY_STACKS if bench.tiny else STACKS:
-        count, m, n = shape
-        large = count * m * n > 2**30
-        inputs = [torch.randn(shape, device=bench.device) for _ in range(1 if large else 3)]
-        times = race(contestants, inputs, bench.device, 3 if large or bench.tiny else 11)
-        bound = newton_schulz_flops(m, n, count) / rate
-        bench.record(
-            "newton-schulz", shape=list(shape), bound_ms=1e3 * bound,
-            share_of_bound=bound / times["distmuon"], reached=reached(shape, bound, times),
-            ms={name: 1e3 * t for name, t in times.items()},
-            faster_than={n: t / times["distmuon"] for n, t in times.items() if n != "distmuon"},
-        )  # fmt: skip
+    return contestants
+
+
+def newton_schulz(
+    bench: Bench, yard: Yardstick, contestants: Contestants, shape: tuple[int, int, int]
+) -> None:
+    """Whole orthogonalizations of one stack, against the FLOP bound and peers."""
+    count, m, n = shape
+    large = count * m * n > 2**30
+    inputs = [torch.randn(shape, device=bench.device) for _ in range(1 if large else 3)]
+    turns = 3 if large or bench.tiny else 11
+    times = race({**contestants, YARDSTICK: yard.call}, inputs, bench.device, turns)
+    rate = yard.flops / times.pop(YARDSTICK)
+    bound = newton_schulz_flops(m, n, count) / rate
+    bench.record(
+        "newton-schulz", shape=list(shape), tflops_bf16=rate / 1e12, bound_ms=1e3 * bound,
+        share_of_bound=bound / times["distmuon"], reached=reached(shape, bound, times),
+        ms={name: 1e3 * t for name, t in times.items()},
+        faster_than={n: t / times["distmuon"] for n, t in times.items() if n != "distmuon"},
+    )  # fmt: skip
 
 
 def gram_newton_schulz() -> Contestants:
@@ -230,54 +233,84 @@ def llama(bench: Bench, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn
     return matrices, rest
 
 
-def step(bench: Bench, rate: float) -> None:
+def step(bench: Bench, yard: Yardstick, dtype: torch.dtype) -> None:
     """A whole optimizer step beside fused AdamW: time and peak memory."""
-    for dtype in (torch.float32, torch.bfloat16):
-        matrices, rest = llama(bench, dtype)
-        everything = [*matrices, *rest]
-        flops = sum(newton_schulz_flops(*sorted(p.shape), 1) for p in matrices)
-        for parameter in everything:
-            parameter.grad = torch.randn_like(parameter)
-        found: dict[str, dict[str, float]] = {}
-        names = ["AdamW, fused", "distmuon", "distmuon, unchecked"]
-        if dtype == torch.bfloat16:
-            names.append("distmuon, stochastic rounding")
-        for name in names:
-            if not bench.tiny:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            before = 0 if bench.tiny else torch.cuda.memory_allocated()
-            optimizer: torch.optim.Optimizer
-            groups: list[dict[str, Any]]
-            if name.startswith("AdamW"):
-                optimizer = torch.optim.AdamW(everything, lr=1e-4, fused=True)
-            else:
-                groups = [{"params": matrices}, {"params": rest, "algorithm": "adamw"}]
-                optimizer = Muon(
-                    groups,
-                    lr=1e-4,
-                    nonfinite="propagate" if "unchecked" in name else "raise",
-                    stochastic_rounding=0 if "rounding" in name else None,
-                )
-            times = race({name: lambda _, o=optimizer: o.step()}, [matrices[0]], bench.device, 7)
-            peak = 0 if bench.tiny else torch.cuda.max_memory_allocated() - before
-            found[name] = {"ms": 1e3 * times.get(name, float("nan")), "peak_extra_gb": peak / 1e9}
-            del optimizer
-        bound = 1e3 * flops / rate
-        goal = MOST_OF_ADAMW * found["AdamW, fused"]["ms"] + bound
-        numel = sum(p.numel() for p in everything)
-        # Six FLOPs for each parameter and token. Real passes take longer: this is the strict way.
-        passes = 1e3 * 6 * numel * TOKENS / rate
-        ours = found["distmuon"]["ms"]
-        bench.record(
-            "step", dtype=str(dtype), parameters=numel, newton_schulz_bound_ms=bound, goal_ms=goal,
-            forward_backward_bound_ms=passes, share_of_forward_backward=ours / passes, found=found,
-            reached={
-                f"{MOST_OF_ADAMW}x AdamW and the bound": ours <= goal,
-                f"{MOST_OF_PASSES:.0%} of the passes": ours / passes <= MOST_OF_PASSES,
-            },
-        )  # fmt: skip
-        del matrices, rest, everything
+    matrices, rest = llama(bench, dtype)
+    everything = [*matrices, *rest]
+    flops = sum(newton_schulz_flops(*sorted(p.shape), 1) for p in matrices)
+    for parameter in everything:
+        parameter.grad = torch.randn_like(parameter)
+    found: dict[str, dict[str, float]] = {}
+    rates = {}
+    names = ["AdamW, fused", "distmuon", "distmuon, unchecked"]
+    if dtype == torch.bfloat16:
+        names.append("distmuon, stochastic rounding")
+    for name in names:
+        before = 0 if bench.tiny else torch.cuda.memory_allocated()
+        optimizer = make_optimizer(name, matrices, rest)
+        # The first step makes the state and, once, moves the parameters into one buffer.
+        optimizer.step()
+        if not bench.tiny:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        steps: Contestants = {name: lambda _, o=optimizer: o.step(), YARDSTICK: yard.call}
+        times = race(steps, [None], bench.device, 7)
+        rates[name] = yard.flops / times[YARDSTICK]
+        peak = 0 if bench.tiny else torch.cuda.max_memory_allocated() - before
+        found[name] = {"ms": 1e3 * times[name], "peak_extra_gb": peak / 1e9}
+        del optimizer, steps
+    bound = 1e3 * flops / rates["distmuon"]
+    goal = MOST_OF_ADAMW * found["AdamW, fused"]["ms"] + bound
+    numel = sum(p.numel() for p in everything)
+    # Six FLOPs for each parameter and token. Real passes take longer: this is the strict way.
+    passes = 1e3 * 6 * numel * TOKENS / rates["distmuon"]
+    ours = found["distmuon"]["ms"]
+    bench.record(
+        "step", dtype=str(dtype), parameters=numel, newton_schulz_bound_ms=bound, goal_ms=goal,
+        forward_backward_bound_ms=passes, share_of_forward_backward=ours / passes, found=found,
+        reached={
+            f"{MOST_OF_ADAMW}x AdamW and the bound": ours <= goal,
+            f"{MOST_OF_PASSES:.0%} of the passes": ours / passes <= MOST_OF_PASSES,
+        },
+    )  # fmt: skip
+
+
+def make_optimizer(
+    name: str, matrices: list[nn.Parameter], rest: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW or ours, as the name says."""
+    if name.startswith("AdamW"):
+        return torch.optim.AdamW([*matrices, *rest], lr=1e-4, fused=True)
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "algorithm": "adamw"}]
+    return Muon(
+        groups,
+        lr=1e-4,
+        nonfinite="propagate" if "unchecked" in name else "raise",
+        stochastic_rounding=0 if "rounding" in name else None,
+    )
+
+
+def run_sections(sections: Mapping[str, Callable[[], None]], bench: Bench) -> bool:
+    """Run what there is time for; whether none has failed.
+
+    Args:
+        sections: By name, in order.
+        bench: Has the deadline.
+    """
+    fine = True
+    for name, section in sections.items():
+        if time.monotonic() > bench.deadline:
+            print(f"Left out for lack of time: {name}.", flush=True)
+            continue
+        try:
+            section()
+        except Exception:
+            fine = False
+            print(f"{name} failed:", file=sys.stderr)
+            traceback.print_exc()
+        if not bench.tiny:
+            torch.cuda.empty_cache()
+    return fine
 
 
 def summarize(out: Path) -> list[str]:
@@ -317,25 +350,21 @@ def main() -> int:
     bench = Bench(
         torch.device(arguments.device), arguments.out, time.monotonic() + arguments.budget
     )
-    rate = machine(bench)
+    yard = yardstick(bench)
+    machine(bench, yard)
     fine = checks(bench)
-    sections: dict[str, Callable[[], None]] = {
-        "newton-schulz": lambda: newton_schulz(bench, rate),
-        "step": lambda: step(bench, rate),
-        "products": lambda: products(bench),
-        "elementwise": lambda: elementwise(bench),
-    }
-    for name, section in sections.items():
-        if time.monotonic() > bench.deadline:
-            print(f"Left out for lack of time: {name}.", flush=True)
-            continue
-        try:
-            section()
-        except Exception:
-            fine = False
-            traceback.print_exc()
-        if not bench.tiny:
-            torch.cuda.empty_cache()
+    peers = everyone(bench)
+    sections: dict[str, Callable[[], None]] = {}
+    for shape in TINY_STACKS if bench.tiny else STACKS:
+        name = f"newton-schulz {shape}"
+        sections[name] = partial(newton_schulz, bench, yard, peers, shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        sections[f"step {dtype}"] = partial(step, bench, yard, dtype)
+    for m in (16,) if bench.tiny else (256, 512, 768, 1024, 2048, 4096):
+        sections[f"products {m}"] = partial(products, bench, m)
+    for rule in CONTESTS:
+        sections[f"elementwise {rule}"] = partial(elementwise, bench, rule)
+    fine = run_sections(sections, bench) and fine
     print(*summarize(arguments.out), sep="\n")
     print("all checks passed" if fine else "SOME CHECKS FAILED, see above", flush=True)
     return 0 if fine else 1

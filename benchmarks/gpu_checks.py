@@ -44,6 +44,8 @@ KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 0))
 # Few, because each takes kernels that have to be compiled.
 ODD_SIZES = ((17, 129), (129, 129), (1000, 3000))
 SIZES = ((1, 1), (17, 40), (129, 70), (768, 768), (1000, 3000), (1024, 4096), (2048, 1000))
+# Those of which views that start off a boundary, or lie transposed, are tried as well.
+ALSO_AS_VIEWS = ((17, 40), (129, 70), (1024, 4096))
 
 
 @contextmanager
@@ -66,7 +68,8 @@ def products_are_right(device: torch.device, sizes: tuple[tuple[int, int], ...] 
     for dtype in HALF:
         for m, k in sizes:
             x = torch.randn(2, m, k + 3, device=device).to(dtype)
-            for a in (x[..., :k], x[..., 1 : k + 1], x[..., :k].mT.contiguous().mT):
+            views = x[..., :k], x[..., 1 : k + 1], x[..., :k].mT.contiguous().mT
+            for a in views if (m, k) in ALSO_AS_VIEWS else views[:1]:
                 with symmetric_backend(backend), poisoned():
                     product, norm = sym_gemm_norm(a, a.mT)
                     again, _ = sym_gemm_norm(a, a.mT)
@@ -103,8 +106,8 @@ def bounds_hold(device: torch.device, m: int = 1024, n: int = 1536) -> None:
                     update = orthogonalize(x, dtype=dtype, method=method)
                 again = orthogonalize(x, dtype=dtype, method=method)
                 assert torch.equal(update, again), (kind, dtype)
-                update = update.cpu().double()
                 assert largest_singular_value(update) < 1.03, (kind, dtype, scale)
+                update = update.cpu().double()
                 assert float((update * known.matrix).sum()) > 0, (kind, dtype, scale)
                 error = relative_error(update, image)
                 assert error < BOUNDS.get((dtype, kind), torch.inf), (kind, dtype, error)

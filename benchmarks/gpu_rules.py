@@ -146,15 +146,20 @@ def stochastic(bench: Bench, like: Flat) -> Contestants:
 CONTESTS = {"momentum": momentum, "apply": apply, "adamw": adamw, "round": stochastic}
 
 
-def elementwise(bench: Bench) -> None:
-    """All of them; one line each."""
+def elementwise(bench: Bench, name: str) -> None:
+    """One of them.
+
+    Args:
+        bench: Where it goes.
+        name: In `CONTESTS`.
+    """
     inputs = [flat(bench) for _ in range(2)]
     numel = inputs[0].whole.numel()
-    for name, contest in CONTESTS.items():
-        times = race(contest(bench, flat(bench)), inputs, bench.device, 3 if bench.tiny else 15)
-        terabytes = numel * LEAST_BYTES[name] / 1e12
-        bench.record(
-            "elementwise", rule=name, numel=numel, ms={n: 1e3 * t for n, t in times.items()},
-            terabytes_per_second={n: terabytes / t for n, t in times.items()},
-            faster_than={n: t / times["ours"] for n, t in times.items() if n != "ours"},
-        )  # fmt: skip
+    contest = CONTESTS[name](bench, flat(bench))
+    times = race(contest, inputs, bench.device, 3 if bench.tiny else 15)
+    terabytes = numel * LEAST_BYTES[name] / 1e12
+    bench.record(
+        "elementwise", rule=name, numel=numel, ms={n: 1e3 * t for n, t in times.items()},
+        terabytes_per_second={n: terabytes / t for n, t in times.items()},
+        faster_than={n: t / times["ours"] for n, t in times.items() if n != "ours"},
+    )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_bench, gpu_checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,3 +79,28 @@ def test_without_a_gpu_it_says_so() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
+
+
+def test_a_section_that_fails_leaves_the_others_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise KeyError("distmuon")
+
+    ran: list[int] = []
+    bench = gpu_bench.Bench(torch.device("cpu"), tmp_path / "out", time.monotonic() + 60)
+    assert not gpu.run_sections({"one": fails, "two": lambda: ran.append(2)}, bench)
+    assert gpu.run_sections({"three": lambda: ran.append(3)}, bench)
+    assert not gpu.run_sections({"four": fails}, bench)
+    late = bench._replace(deadline=time.monotonic() - 1)
+    assert gpu.run_sections({"five": lambda: ran.append(5)}, late)
+    assert ran == [2, 3]
+    shown = capsys.readouterr()
+    assert "one failed" in shown.err
+    assert "Left out for lack of time: five." in shown.out
+
+
+def test_it_runs_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert gpu_bench.commit() or not (ROOT / ".git").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_bench.commit() == ""

@@ -74,7 +74,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def largest_singular_value(x: Tensor) -> float:
-    """The largest over a batch, infinity if an entry is not finite."""
+    """The largest over a batch, infinity if an entry is not finite.
+
+    Of x times its transpose, in float64: as exact as the singular values themselves, for the
+    largest one, and a good deal faster.
+    """
     if not bool(x.isfinite().all()):
         return float("inf")
-    return float(torch.linalg.matrix_norm(x.double(), 2).max())
+    wide = x.double()
+    gram = wide @ wide.mT if x.size(-2) <= x.size(-1) else wide.mT @ wide
+    return float(torch.linalg.eigvalsh(gram).amax().clamp(min=0).sqrt())
