@@ -18,7 +18,13 @@ from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
 from distmuon.splits import Sharing, SplitDtype
 from distmuon.structure import Axes, Blocks, read_blocks
-from distmuon.update_rules import AdjustLrFn, DecayRule, adjust_lr_factor
+from distmuon.update_rules import (
+    FLOAT32_MAX,
+    AdjustLrFn,
+    DecayRule,
+    adjust_lr_factor,
+    overflow,
+)
 
 # One of those below, or the name of an optimizer class: companion.py.
 Algorithm = str
@@ -242,24 +248,21 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         blocks = read_blocks(group["blocks"])
     except (TypeError, ValueError) as error:
         raise type(error)(f"Group {index}: {error}") from None
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(
-            f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
-        )
     more = read_more(group, index)
     weight_decay = _number(group, "weight_decay", index)
     if algorithm not in ALGORITHMS:
         _check_decay(algorithm, weight_decay, more["decay_rule"], index)
-    eps = _number(group, "eps", index)
+    eps = _number(group, "eps", index, below=FLOAT32_MAX)
     if algorithm == "normuon" and eps == 0:
         raise ValueError(
             f"Invalid {eps=} in group {index}. Must be > 0 with NorMuon: rows may be 0."
             + see("bad-option")
         )
+    lr, betas = _number(group, "lr", index), _betas(group, index)
+    _check_factors(lr, weight_decay, betas, index)
     return GroupOptions(
         algorithm=algorithm,
-        lr=_number(group, "lr", index),
+        lr=lr,
         weight_decay=weight_decay,
         momentum=_number(group, "momentum", index, below=1.0),
         nesterov=nesterov,
@@ -269,10 +272,7 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
         adjust_lr_fn=group["adjust_lr_fn"],
         axes=axes,
         blocks=blocks,
-        betas=(
-            _number({"betas[0]": betas[0]}, "betas[0]", index, below=1.0),
-            _number({"betas[1]": betas[1]}, "betas[1]", index, below=1.0),
-        ),
+        betas=betas,
         eps=eps,
         **more,
     )
@@ -302,6 +302,26 @@ def _check_decay(algorithm: str, weight_decay: float, decay_rule: DecayRule, ind
         raise ValueError(
             f"Invalid {weight_decay=} in group {index}: {algorithm} has no weight decay. Set "
             "weight_decay=0 in this group." + see("bad-option")
+        )
+
+
+def _betas(group: Mapping[str, Any], index: int) -> tuple[float, float]:
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(
+            f"Invalid {betas=} in group {index}. Must be two numbers." + see("bad-option")
+        )
+    return (
+        _number({"betas[0]": betas[0]}, "betas[0]", index, below=1.0),
+        _number({"betas[1]": betas[1]}, "betas[1]", index, below=1.0),
+    )
+
+
+def _check_factors(lr: float, weight_decay: float, betas: tuple[float, float], index: int) -> None:
+    most = overflow(lr=lr, weight_decay=weight_decay, betas=betas)
+    if most is not None:
+        raise ValueError(
+            f"Invalid {lr=} in group {index}: {most}. Set a smaller lr." + see("bad-option")
         )
 
 

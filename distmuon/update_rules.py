@@ -30,6 +30,9 @@ _ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "none": lambda rows, cols: 1.0,
 }
 
+# Weights, state and the factors of a step are float32, or less.
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
     """Factor on the orthogonalized update of an A x B matrix.
@@ -58,7 +61,8 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
         The factor; lr times factor times the polar factor is the step.
 
     Raises:
-        ValueError: for an unknown name, or a callable whose result is not positive and finite.
+        ValueError: for an unknown name, or a callable whose result is not positive and finite in
+            float32.
         TypeError: if `adjust_lr_fn` is neither a name nor callable, or a callable's result is no
             number.
 
@@ -74,10 +78,10 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
                 f"Invalid adjust_lr_fn: it returned {result!r} for a {rows} x {cols} matrix. "
                 "Must be a number." + see("bad-option")
             ) from None
-        if not (math.isfinite(factor) and factor > 0):
+        if not 0 < factor <= FLOAT32_MAX:
             raise ValueError(
                 f"Invalid adjust_lr_fn: it returned {factor} for a {rows} x {cols} matrix. "
-                "Must be positive and finite." + see("bad-option")
+                "Must be positive and finite in float32." + see("bad-option")
             )
         return factor
     if not isinstance(adjust_lr_fn, str):
@@ -220,6 +224,28 @@ def adamw_direction(
     beta1, beta2 = betas
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
     return exp_avg.div(denominator).div_(1 - beta1**step)
+
+
+def overflow(*, lr: float, weight_decay: float, betas: tuple[float, float]) -> str | None:
+    """Find what float32 cannot hold of the factors of a step.
+
+    torch would end the step at such a factor in the middle, with some weights updated.
+
+    Args:
+        lr: Learning rate.
+        weight_decay: Decay per unit of lr.
+        betas: AdamW's; the first step divides lr by 1 - betas[0].
+
+    Returns:
+        The first such factor in words; None if there is none.
+    """
+    for words, value in (
+        ("lr / (1 - betas[0])", lr / (1 - betas[0])),
+        ("lr * weight_decay", lr * weight_decay),
+    ):
+        if value > FLOAT32_MAX:
+            return f"{words} is {value:.3g}, and float32 ends at {FLOAT32_MAX:.2g}"
+    return None
 
 
 def decay_(

@@ -8,7 +8,6 @@ This is the only module of the package that reads environment variables.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -16,7 +15,16 @@ from typing import Literal, TypeVar
 from distmuon.errors import Entry, with_entry
 from distmuon.qk_clip import Measure
 from distmuon.training.baselines import OURS, OptimizerName
-from distmuon.update_rules import AdjustLrMode, DecayRule
+from distmuon.training.ranges import (
+    COLDEST,
+    IN_FLOAT32,
+    LARGEST_SEED,
+    LONGEST_S,
+    in_float32,
+    is_finite,
+    is_text,
+)
+from distmuon.update_rules import AdjustLrMode, DecayRule, overflow
 
 T = TypeVar("T")
 
@@ -48,10 +56,6 @@ def _key(default: T, meaning: str, on_resume: OnResume = "fork") -> T:
 def _require(holds: bool, key: str, value: object, expected: str) -> None:  # noqa: FBT001
     if not holds:
         raise ConfigError(f"Invalid {key}={value!r}. Must be {expected}.", key=key)
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +103,10 @@ class RunConfig:
         _require(self.resume != "", "run.resume", self.resume, "auto, never or a path")
         _require(self.save_every >= 0, "run.save_every", self.save_every, ">= 0")
         _require(self.keep_latest >= 0, "run.keep_latest", self.keep_latest, ">= 0")
-        _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
-        positive = _finite(self.timeout_s) and self.timeout_s > 0
-        _require(positive, "run.timeout_s", self.timeout_s, "> 0 (seconds)")
+        _require(0 <= self.seed <= LARGEST_SEED, "run.seed", self.seed, ">= 0 and below 2**63")
+        usable = 1e-3 <= self.timeout_s <= LONGEST_S
+        expected = f"> 0, from 0.001 to {LONGEST_S:g} (seconds)"
+        _require(usable, "run.timeout_s", self.timeout_s, expected)
         for name in self.loggers:
             _require(name in LOGGERS, "run.loggers", name, f"one of {', '.join(LOGGERS)}")
 
@@ -152,8 +157,7 @@ class ModelConfig:
         even = self.dim % self.heads == 0 and (self.dim // self.heads) % 2 == 0
         expected = f"an even multiple of model.heads={self.heads}, as {2 * self.heads} is"
         _require(even, "model.dim", self.dim, expected)
-        positive = _finite(self.rope_base) and self.rope_base > 0
-        _require(positive, "model.rope_base", self.rope_base, "> 0")
+        _require(in_float32(self.rope_base), "model.rope_base", self.rope_base, IN_FLOAT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,27 +188,44 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(_finite(self.lr) and self.lr > 0, "optimizer.lr", self.lr, "> 0")
-        decay = _finite(self.weight_decay) and self.weight_decay >= 0
+        _require(in_float32(self.lr), "optimizer.lr", self.lr, IN_FLOAT32)
+        decay = is_finite(self.weight_decay) and self.weight_decay >= 0
         _require(decay, "optimizer.weight_decay", self.weight_decay, ">= 0")
         averages = all(0.0 <= beta < 1.0 for beta in self.betas)
         _require(averages, "optimizer.betas", self.betas, "two numbers with 0 <= beta < 1")
-        _require(_finite(self.eps) and self.eps > 0, "optimizer.eps", self.eps, "> 0")
+        _require(in_float32(self.eps), "optimizer.eps", self.eps, IN_FLOAT32)
+        self._check_together()
         _require(0.0 <= self.momentum < 1.0, "optimizer.momentum", self.momentum, "0 <= x < 1")
         some = self.ns_steps is None or self.ns_steps >= 1
         _require(some, "optimizer.ns_steps", self.ns_steps, ">= 1, or null")
         scale = self.update_scale
-        _require(_finite(scale) and scale > 0, "optimizer.update_scale", scale, "> 0")
+        _require(in_float32(scale), "optimizer.update_scale", scale, IN_FLOAT32)
         free = scale == 1.0 or (self.name in OURS and self.adjust_lr_fn != "update_rms")
         only = f"1 with name={self.name} and adjust_lr_fn={self.adjust_lr_fn}"
         _require(free, "optimizer.update_scale", scale, only)
         bound = self.max_update_rms
-        usable = bound is None or (_finite(bound) and bound > 0)
-        _require(usable, "optimizer.max_update_rms", bound, "> 0, or null")
+        usable = bound is None or in_float32(bound)
+        _require(usable, "optimizer.max_update_rms", bound, f"null, or {IN_FLOAT32}")
         ours = self.name in OURS
         fits = ours or self.decay_rule == "decoupled"
         only = f"decoupled with optimizer.name={self.name}, which is not distmuon's"
         _require(fits, "optimizer.decay_rule", self.decay_rule, only)
+
+    def _check_together(self) -> None:
+        """What is too much only with another key's value."""
+        most = overflow(lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
+        _require(most is None, "optimizer.lr", self.lr, f"smaller: {most}")
+        decayed = self.name in (*OURS, "adamw")
+        if decayed and self.lr * self.weight_decay > 1.0:
+            key, other = "optimizer.lr", "optimizer.weight_decay"
+            value, limit = self.lr, 1 / self.weight_decay
+            if self.weight_decay > 1.0:
+                key, other, value, limit = other, key, self.weight_decay, 1 / self.lr
+            raise ConfigError(
+                f"Invalid {key}={value}. Must be at most 1 / {other}, {limit:g}: a step multiplies "
+                "the weights by 1 - lr * weight_decay, which would change their signs.",
+                key=key,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +284,8 @@ class TrainConfig:
         fits = 0.0 < self.cooldown <= room
         _require(fits, "train.cooldown", self.cooldown, "above 0, and with train.warmup at most 1")
         _require(0.0 <= self.final_lr <= 1.0, "train.final_lr", self.final_lr, "0 <= x <= 1")
-        _require(_finite(self.clip) and self.clip >= 0, "train.clip", self.clip, ">= 0")
+        clips = self.clip == 0.0 or in_float32(self.clip)
+        _require(clips, "train.clip", self.clip, f">= 0, above 0 {IN_FLOAT32.partition(', ')[2]}")
         every = self.diagnostics_every
         _require(every >= 0, "train.diagnostics_every", every, ">= 0")
 
@@ -278,10 +300,12 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.prompt != "", "sample.prompt", self.prompt, "at least one character")
+        prompt = self.prompt != "" and is_text(self.prompt)
+        _require(prompt, "sample.prompt", self.prompt, "at least one character, all of Unicode")
         _require(self.length >= 0, "sample.length", self.length, ">= 0")
-        warm = _finite(self.temperature) and self.temperature >= 0
-        _require(warm, "sample.temperature", self.temperature, ">= 0")
+        warm = is_finite(self.temperature) and self.temperature >= COLDEST
+        warm = warm or self.temperature == 0.0
+        _require(warm, "sample.temperature", self.temperature, f"0, or >= {COLDEST:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,29 +319,6 @@ class Config:
     qk_clip: QKClipConfig = field(default_factory=QKClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-
-
-def check_batch(train: TrainConfig, world_size: int) -> int:
-    """Return how many windows one rank takes per forward pass.
-
-    Args:
-        train: the section with `batch` and `accumulation`.
-        world_size: number of ranks.
-
-    Raises:
-        ConfigError: if the batch cannot be divided evenly.
-    """
-    parts = world_size * train.accumulation
-    if train.batch % parts:
-        below, above = train.batch // parts * parts, -(-train.batch // parts) * parts
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"Invalid train.batch={train.batch}. Must be a multiple of {parts} "
-            f"(world size {world_size} x train.accumulation={train.accumulation}), "
-            f"such as {nearest}.",
-            key="train.batch",
-        )
-    return train.batch // parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,11 @@ def _merge_file(base: DictConfig, path: Path, sources: dict[str, str]) -> DictCo
             raise ConfigError(f"{where}: key '{key}' stands twice, first at {sources[key]}.")
         sources[key] = where
     try:
-        return _merge(base, OmegaConf.create(text))
+        read = OmegaConf.create(text)
+    except yaml.YAMLError as error:  # OmegaConf's parser is stricter
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    try:
+        return _merge(base, read)
     except OmegaConfBaseException as error:
         blamed: str | None = getattr(error, "full_key", None) or _blamed_section(base, node)
         where = sources.get(blamed or "", str(path))
@@ -101,7 +105,7 @@ def _merge_override(base: DictConfig, override: str, sources: dict[str, str]) ->
     sources[key] = where
     try:
         return _merge(base, OmegaConf.from_dotlist([override]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeError) as error:
         raise ConfigError(f"{where}: {_explain(error, key)}", key=key) from None
 
 

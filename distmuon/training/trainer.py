@@ -19,8 +19,8 @@ from distmuon import Muon
 from distmuon.diagnostics import Diagnostics
 from distmuon.errors import see
 from distmuon.training.attention_logits import record_max_logits
-from distmuon.training.config import Config, check_batch
-from distmuon.training.data import Corpus, read_windows, train_starts, val_starts
+from distmuon.training.config import Config, ConfigError
+from distmuon.training.data import Corpus, check_batch, read_windows, train_starts, val_starts
 from distmuon.training.engines import Engine, build_engine
 from distmuon.training.model import Transformer
 from distmuon.training.optimizers import (
@@ -183,11 +183,12 @@ def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
     """Build model, optimizer and schedule; equal on all ranks because the seed is.
 
     Raises:
-        ConfigError: for a batch that does not divide, or a value that the optimizer refuses.
+        ConfigError: for a batch that does not divide, a value that the optimizer refuses, or a
+            model that does not fit into memory.
     """
     check_batch(config.train, world.size)
     torch.manual_seed(config.run.seed)
-    model = Transformer(config.model, context=config.data.context).to(world.device)
+    model = _build_model(config, world)
     clip = build_clip(model, config)
     if config.run.engine == "deepspeed":
         optimizer = build_zero_optimizer(model, config, world)
@@ -199,3 +200,17 @@ def build_trainer(config: Config, corpus: Corpus, world: World) -> Trainer:
     scheduled = partial(build_schedule, config=config.train)
     engine, schedule = build_engine(config, world, model, optimizer, scheduled)
     return Trainer(config, world, corpus, model, engine, optimizer, schedule)
+
+
+def _build_model(config: Config, world: World) -> Transformer:
+    try:
+        return Transformer(config.model, context=config.data.context).to(world.device)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        # TypeError: a size that 64 bits do not hold.
+        size = config.model
+        raise ConfigError(
+            f"A model with model.layers={size.layers}, model.dim={size.dim}, model.mlp_ratio="
+            f"{size.mlp_ratio} and data.context={config.data.context} cannot be made: "
+            f"{str(error).partition(chr(10))[0]}. Make it smaller.",
+            key="model.dim",
+        ) from error

@@ -324,6 +324,10 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Muon([MATRIX], ns_coefficients="keler"), ValueError, "keller"),
     (lambda: Muon([MATRIX], adjust_lr_fn="rms"), ValueError, "match_rms_adamw"),  # type: ignore[arg-type]
     (lambda: Muon([MATRIX], betas=(0.9, 1.0)), ValueError, r"betas\[1\]"),
+    (lambda: Muon([MATRIX], lr=1e38), ValueError, r"lr / \(1 - betas\[0\]\) is 1e\+39"),
+    (lambda: Muon([MATRIX], lr=1.0, weight_decay=1e39), ValueError, r"lr \* weight_decay"),
+    (lambda: Muon([MATRIX], eps=1e39), ValueError, "eps=1e\\+39"),
+    (lambda: Muon([MATRIX], adjust_lr_fn=lambda a, b: 1e39), ValueError, "finite in float32"),
     (lambda: Muon([MATRIX], betas=0.9), TypeError, "betas"),  # type: ignore[arg-type]
     (lambda: Muon([{"params": [MATRIX], "algorithm": "moun"}]), ValueError, "moun"),
     (

@@ -5,14 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from distmuon.training.config import (
-    Config,
-    ConfigError,
-    Launch,
-    TrainConfig,
-    check_batch,
-)
+from distmuon.training.config import Config, ConfigError, Launch, TrainConfig
 from distmuon.training.config_file import keys_help, load_config, to_yaml
+from distmuon.training.data import check_batch
 from distmuon.training.keys import describe_keys
 from distmuon.training.main import main
 
@@ -139,6 +134,8 @@ def test_a_wrong_type_or_form_is_refused(override: str, expected: str) -> None:
         "run.seed=-1",
         "run.timeout_s=0",
         "run.timeout_s=.inf",
+        "run.timeout_s=1e300",
+        "run.seed=9223372036854775808",
         "data.context=1",
         "data.val_fraction=0",
         "data.val_fraction=1",
@@ -148,10 +145,19 @@ def test_a_wrong_type_or_form_is_refused(override: str, expected: str) -> None:
         "model.dim=20",
         "model.heads=0",
         "model.rope_base=0",
+        "model.rope_base=1e300",
         "optimizer.lr=0",
         "optimizer.lr=-1e-3",
         "optimizer.lr=.nan",
         "optimizer.lr=.inf",
+        "optimizer.lr=1e38",  # over 1 - betas[0] it is more than float32 holds
+        "optimizer.lr=1e-300",
+        "optimizer.weight_decay=.nan",
+        "optimizer.weight_decay=1e40",
+        "optimizer.eps=1e300",  # infinite in float32: the weights would never move
+        "optimizer.eps=1e-300",  # 0 in float32: 0 / 0 where there was no gradient
+        "optimizer.update_scale=1e300",
+        "optimizer.max_update_rms=1e300",
         "optimizer.weight_decay=-0.1",
         "optimizer.betas=[0.9,1.0]",
         "optimizer.eps=0",
@@ -164,16 +170,36 @@ def test_a_wrong_type_or_form_is_refused(override: str, expected: str) -> None:
         "train.final_lr=1.1",
         "train.clip=-1",
         "train.clip=.nan",
+        "train.clip=1e300",
         "train.log_every=0",
         "train.eval_every=0",
         "sample.prompt=''",
         "sample.length=-1",
         "sample.temperature=-1",
+        "sample.temperature=1e-300",
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(override: str) -> None:
     # model.heads=0 shows in model.heads; a width that does not fit the heads shows in model.dim.
     assert f"Invalid {override.split('=')[0]}=" in refusal(None, override)
+
+
+def test_values_that_are_wrong_together_say_what_would_fit() -> None:
+    said = refusal(None, "optimizer.lr=1e38")
+    assert "lr / (1 - betas[0]) is 1e+39, and float32 ends at 3.4e+38" in said
+    said = refusal(None, "optimizer.lr=0.5", "optimizer.weight_decay=3")
+    assert "Invalid optimizer.weight_decay=3.0. Must be at most 1 / optimizer.lr, 2:" in said
+    # Adam's decay goes through its moments, which no sign comes of.
+    assert load_config(
+        None, ["optimizer.lr=0.5", "optimizer.weight_decay=3", "optimizer.name=adam"]
+    )
+
+
+def test_half_a_character_is_refused_where_it_stands(tmp_path: Path) -> None:
+    # So Python reads an argument whose bytes are no UTF-8.
+    assert refusal(None, "sample.prompt=\udcff").startswith("command line 'sample.prompt=")
+    path = write(tmp_path, 'sample:\n  prompt: "\\ud800"\n')
+    assert refusal(path).startswith(f"{path}: not valid YAML: ")
 
 
 @pytest.mark.parametrize(

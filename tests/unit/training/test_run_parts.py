@@ -342,6 +342,13 @@ def test_a_whole_run_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"validation loss {lines[-1].val_loss:.4f}" in printed
 
 
+@pytest.mark.parametrize("key", ["model.dim=1000000000000", "model.mlp_ratio=1" + 21 * "0"])
+def test_a_model_that_does_not_fit_is_a_configuration_error(key: str) -> None:
+    config = tiny(key)
+    with pytest.raises(ConfigError, match=rf"with .*{key}.* cannot be made: .* Make it smaller"):
+        build_trainer(config, load_corpus(config.data), World(0, 1, torch.device("cpu"), None))
+
+
 def test_the_bar_shows_every_figure_in_80_columns() -> None:
     console = Console(width=80, force_terminal=True, record=True, file=io.StringIO())
     with BarProgress(800, console) as bar:
