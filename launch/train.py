@@ -5,9 +5,12 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --config configs/shakes
 
 import sys
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from distmuon.cli.interrupts import leaving_at_once
 
-from distmuon.training.main import main
+with leaving_at_once("launch/train.py"):
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from distmuon.training.main import main
 
 if __name__ == "__main__":
     # `record` hands a rank's traceback to torchrun, which shows the first failure of all ranks.

@@ -6,9 +6,12 @@ accelerate launch --config_file configs/accelerate/cpu.yaml launch/train_acceler
 
 import sys
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from distmuon.cli.interrupts import leaving_at_once
 
-from distmuon.training.main import main
+with leaving_at_once("launch/train_accelerate.py"):
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from distmuon.training.main import main
 
 if __name__ == "__main__":
     # First, so that `run.engine=native` on the command line still wins.

@@ -6,9 +6,12 @@ deepspeed --num_gpus 2 launch/train_deepspeed.py --config configs/tiny.yaml
 
 import sys
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from distmuon.cli.interrupts import leaving_at_once
 
-from distmuon.training.main import main
+with leaving_at_once("launch/train_deepspeed.py"):
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from distmuon.training.main import main
 
 if __name__ == "__main__":
     # The deepspeed launcher appends --local_rank, which is in the environment as well.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +61,11 @@ class Program:
 def start() -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
-    def begin(*arguments: str) -> Program:
+    def begin(*arguments: str, program: Sequence[str] = ("-m", "distmuon")) -> Program:
         mark = f"DISTMUON_MARK={uuid.uuid4()}"
         name, _, value = mark.partition("=")
         process = subprocess.Popen(
-            [sys.executable, "-m", "distmuon", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), name: value},
             stdout=subprocess.PIPE,
@@ -90,6 +90,16 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(start: Callable[..., P
     program.wait_until(lambda: program.has_imported("libtorch_cpu"), "torch")
     program.process.send_signal(signal.SIGINT)
     assert program.end() == (INTERRUPTED, "\ndistmuon plan: interrupted.\n")
+
+
+@pytest.mark.parametrize("script", ["train", "train_accelerate", "train_deepspeed"])
+def test_an_interrupt_while_a_script_imports_torch_is_one_line(
+    start: Callable[..., Program], script: str
+) -> None:
+    program = start("--config", "configs/tiny.yaml", program=[f"launch/{script}.py"])
+    program.wait_until(lambda: program.has_imported("libtorch_cpu"), "torch")
+    program.process.send_signal(signal.SIGINT)
+    assert program.end() == (INTERRUPTED, f"\nlaunch/{script}.py: interrupted.\n")
 
 
 def measures(program: Program) -> bool:
