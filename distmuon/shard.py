@@ -284,7 +284,8 @@ class Shard(FlatRange):
         Raises:
             TypeError: for a sparse gradient, naming the parameter.
         """
-        grad = torch.zeros_like(self.master)
+        grad = torch.empty_like(self.master)
+        filled = 0
         for segment in self.segments:
             source = self.parameters[segment.tensor].grad
             if source is None:
@@ -296,7 +297,10 @@ class Shard(FlatRange):
                     "sparse=False." + see("bad-tensor")
                 )
             piece = source.reshape(-1)[segment.tensor_start :][: segment.numel]
-            grad[segment.shard_start :][: segment.numel].copy_(piece)
+            grad[filled : segment.shard_start].zero_()
+            filled = segment.shard_start + segment.numel
+            grad[segment.shard_start : filled].copy_(piece)
+        grad[filled:].zero_()
         return grad
 
     def publish(
