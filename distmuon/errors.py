@@ -29,6 +29,7 @@ Entry = Literal[
     "desync",
     "gpu-kernels",
     "grad-scaler",
+    "graph-capture",
     "gradient-not-averaged",
     "launch",
     "logging",

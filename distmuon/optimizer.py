@@ -12,6 +12,7 @@ from typing_extensions import Unpack, override
 
 from distmuon import agreement, group_check
 from distmuon.buckets import Bucket, BucketSpec, specify
+from distmuon.capture import uncaptured
 from distmuon.clipping import check_clip
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
@@ -212,6 +213,7 @@ class Muon(SavedOptimizer):
 
     @override
     @torch.no_grad()
+    @uncaptured
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, on all ranks together.
 
@@ -222,7 +224,8 @@ class Muon(SavedOptimizer):
             The closure's result, or None.
 
         Raises:
-            RuntimeError: if ranks disagree or no gradient exists; `RankFailure` if a rank is lost.
+            RuntimeError: if ranks disagree, no gradient exists, or a CUDA graph is captured;
+                `RankFailure` if a rank is lost.
             FloatingPointError: if a gradient is not finite; nothing has been changed then.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -275,6 +278,7 @@ class Muon(SavedOptimizer):
             self._engine.source.clear()
 
     @torch.no_grad()
+    @uncaptured
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the averaged gradients so that their norm over all parameters is at most this.
 

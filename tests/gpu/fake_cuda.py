@@ -8,8 +8,8 @@ fused optimizers, which read tensors by address, are refused those of another de
 
 Stood in for is what a machine without a GPU lacks, and no more:
 
-- the driver: its capability (9.0, a Hopper), the current device, whether a graph is being captured
-  (what the test says), and events, between which no time passes;
+- the driver: its capability (9.0, a Hopper), the current device, that no graph is being captured,
+  and events, between which no time passes;
 - the guard that makes a device current, which builds of torch for CPUs have no entry for: the one
   of the meta device, which does nothing. torch itself puts one like it there in a build for CUDA
   that finds no GPU;
@@ -45,12 +45,10 @@ class Host:
     Attributes:
         waits: How often it waited for the device, by operation.
         current: Index of the current device.
-        capturing: Whether the current stream is being captured; for the test to set.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
     current: int = 0
-    capturing: bool = False
 
 
 @contextmanager
@@ -105,11 +103,12 @@ def _replace_driver(patch: pytest.MonkeyPatch, host: Host) -> None:
         return before
 
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    patch.setattr(torch.cuda, "is_initialized", lambda: True)
     patch.setattr(torch.cuda, "_exchange_device", exchange)
     patch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     patch.setattr(torch.cuda, "current_device", lambda: host.current)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: host.capturing)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "current_stream", lambda device=None: torch.device(device))
     patch.setattr(torch.cuda, "Event", _Event)
     patch.setattr(torch.version, "cuda", None)  # a build for CUDA would launch kernels

@@ -27,6 +27,7 @@ from distmuon.adapters.deepspeed.refusals import (
     refuse_zero3,
 )
 from distmuon.adapters.deepspeed.stepping import prepare, settle, update
+from distmuon.capture import uncaptured
 from distmuon.collectives import Communicator
 from distmuon.errors import see
 from distmuon.group_check import PLAIN_READING, refuse_other_structure
@@ -145,6 +146,7 @@ class ZeroOrtho(torch.optim.Optimizer):
 
     @override
     @torch.no_grad()
+    @uncaptured
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the groups that DeepSpeed shows, on all ranks together.
 
