@@ -159,10 +159,12 @@ def run_team(team: Team, function: Callable[..., T], *arguments: Any) -> list[T]
     """
     if team.kind == "joined":
         from distmuon.training.config import Launch
+        from distmuon.training.streams import objects_alone
 
         launch = Launch.from_environment()
-        _enter(team, launch.local_rank, "env://", launch.rank)
-        return [_call(team, launch.local_rank, function, arguments)]
+        with objects_alone():  # the command prints when its ranks are done
+            _enter(team, launch.local_rank, "env://", launch.rank)
+            return [_call(team, launch.local_rank, function, arguments)]
     message = pickle.dumps((function, arguments))
     # A rank that was killed a moment ago may still be writing.
     with tempfile.TemporaryDirectory(prefix="distmuon-", ignore_cleanup_errors=True) as name:

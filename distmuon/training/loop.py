@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TextIO
 
 from distmuon.pictures.figure import to_png
 from distmuon.training.config import Config, Launch
@@ -20,6 +21,7 @@ from distmuon.training.resume import choose_start, earlier_metrics, open_folder
 from distmuon.training.run_folder import RunFolder
 from distmuon.training.signals import StopSignals
 from distmuon.training.snapshot import load_snapshot, save_snapshot
+from distmuon.training.streams import objects_alone
 from distmuon.training.summary import (
     OPTIMIZER_NAMES,
     account_for_end,
@@ -106,14 +108,25 @@ def run_training(config: Config, launch: Launch) -> None:
     require_loggers(config.run.loggers)
     corpus = load_corpus(config.data)
     notice: Literal["print", "silent"] = "print" if launch.rank == 0 else "silent"
-    with StopSignals(notice=notice) as signals, join_world(config.run, launch) as world:
+    alone = objects_alone() if launch.output == "json" else nullcontext(sys.stdout)
+    with (
+        alone as stdout,
+        StopSignals(notice=notice) as signals,
+        join_world(config.run, launch) as world,
+    ):
         # In a function of its own, so that the DDP wrapper is gone before the process group is:
         # see the note in world.py.
-        run_in_world(config, corpus, world, launch, signals)
+        run_in_world(config, corpus, world, launch, signals, stdout=stdout)
 
 
 def run_in_world(
-    config: Config, corpus: Corpus, world: World, launch: Launch, signals: StopSignals
+    config: Config,
+    corpus: Corpus,
+    world: World,
+    launch: Launch,
+    signals: StopSignals,
+    *,
+    stdout: TextIO | None = None,
 ) -> None:
     """Train as configured among ranks that have met already. Called by every rank.
 
@@ -123,6 +136,7 @@ def run_in_world(
         world: this process's place.
         launch: what else the launcher told.
         signals: on every rank; already listening.
+        stdout: where standard output leads; None for where it does now.
 
     Raises:
         ConfigError: as `run_training`.
@@ -135,7 +149,7 @@ def run_in_world(
         progress = load_snapshot(trainer, start.checkpoint) if start.checkpoint else Progress()
         folder = world.from_first(lambda: open_folder(config, start, job=launch.job, held=held))
         lines = world.from_first(lambda: earlier_metrics(start))
-        terminal = open_terminal(launch.output) if world.rank == 0 else None
+        terminal = open_terminal(launch.output, stdout or sys.stdout) if world.rank == 0 else None
         if terminal is not None:
             terminal.say(describe_start(trainer, folder))
             terminal.say(describe_saving(config, folder, start, lines))

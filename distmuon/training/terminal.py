@@ -54,10 +54,11 @@ class Terminal:
             print(json.dumps({"ok": ok, **answer}), file=self.objects, flush=True)
 
 
-def open_terminal(output: Output) -> Terminal:
+def open_terminal(output: Output, stdout: TextIO) -> Terminal:
     """Choose the streams: with "json" standard output is for programs alone.
 
     Args:
         output: What was asked for.
+        stdout: Where standard output leads; see `streams.objects_alone`.
     """
-    return Terminal(sys.stderr, sys.stdout) if output == "json" else Terminal(sys.stdout)
+    return Terminal(sys.stderr, stdout) if output == "json" else Terminal(stdout)

@@ -695,3 +695,22 @@ def test_a_training_run_has_the_same_losses_with_either_engine(tmp_path: Path) -
     assert len(native) == len(deepspeed) == 20
     assert max(abs(a - b) for a, b in zip(native, deepspeed, strict=True)) <= 1e-5
     assert native[-1] < native[0] - 1.0
+
+
+@pytest.mark.slow
+def test_with_json_deepspeeds_own_lines_are_not_among_the_objects(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    files = ["--nproc-per-node=2", str(ROOT / "launch/train_deepspeed.py"), "--json"]
+    options = ["--config", str(ROOT / "configs/tiny.yaml"), f"run.dir={tmp_path}", "train.steps=2"]
+    done = subprocess.run(
+        [*command, *files, *options],
+        check=True,
+        timeout=2 * LIMIT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    *steps, end = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["step"] for each in steps] == [1, 2]
+    assert end["ok"]
+    assert "You are using ZeRO with an untested optimizer" in done.stderr
