@@ -14,7 +14,26 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def uncaptured(function: Callable[P, T]) -> Callable[P, T]:
+def refuse_capture(name: str) -> None:
+    """Refuse to become part of a CUDA graph.
+
+    Args:
+        name: Of the method that is being called.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured.
+    """
+    active = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if active and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}() was called while a CUDA graph is captured. Every replay would repeat this "
+            "one step, with its learning rate and its bias correction. Capture the forward and "
+            "backward pass alone, and call it after each replay. Nothing was changed."
+            + see("graph-capture")
+        )
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function that is to run as it is written, each time.
 
     torch.compile breaks its graph there and leaves everything inside alone.
@@ -23,27 +42,16 @@ def uncaptured(function: Callable[P, T]) -> Callable[P, T]:
         function: What reads learning rates, counts of steps and the like.
 
     Returns:
-        The function; it raises RuntimeError while a CUDA graph is captured, before it begins.
+        The function.
     """
     made: list[Callable[P, T]] = []
-
-    def check(*args: P.args, **kwargs: P.kwargs) -> T:
-        active = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if active and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{function.__qualname__}() was called while a CUDA graph is captured. Every "
-                "replay would repeat this one step, with its learning rate and its bias "
-                "correction. Capture the forward and backward pass alone, and call it after each "
-                "replay. Nothing was changed." + see("graph-capture")
-            )
-        return function(*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         # Not at import: this needs the compiler, which takes as long to import as torch itself. An
         # optimizer's constructor has imported it in any case.
         if not made:
-            made.append(torch.compiler.disable(check))  # type: ignore[no-untyped-call]
+            made.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return made[0](*args, **kwargs)
 
     return call

@@ -12,7 +12,7 @@ from typing_extensions import Unpack, override
 
 from distmuon import agreement, group_check
 from distmuon.buckets import Bucket, BucketSpec, specify
-from distmuon.capture import uncaptured
+from distmuon.capture import refuse_capture, uncompiled
 from distmuon.clipping import check_clip
 from distmuon.collectives import Communicator
 from distmuon.cost import CostModel
@@ -213,7 +213,7 @@ class Muon(SavedOptimizer):
 
     @override
     @torch.no_grad()
-    @uncaptured
+    @uncompiled
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, on all ranks together.
 
@@ -228,6 +228,7 @@ class Muon(SavedOptimizer):
                 `RankFailure` if a rank is lost.
             FloatingPointError: if a gradient is not finite; nothing has been changed then.
         """
+        refuse_capture("Muon.step")
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.keeper.forget_gathered()
         engine = self._open().check_averaged()
@@ -278,7 +279,7 @@ class Muon(SavedOptimizer):
             self._engine.source.clear()
 
     @torch.no_grad()
-    @uncaptured
+    @uncompiled
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the averaged gradients so that their norm over all parameters is at most this.
 
@@ -295,6 +296,7 @@ class Muon(SavedOptimizer):
         Raises:
             ValueError: if `max_norm` is not positive.
         """
+        refuse_capture("Muon.clip_grad_norm_")
         return self._open().check_averaged().clip(max_norm)
 
     @property

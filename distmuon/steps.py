@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,19 +12,14 @@ from distmuon.buckets import Bucket
 from distmuon.diagnostics import Probe
 from distmuon.errors import see
 from distmuon.kernels import elementwise
-from distmuon.layout import TensorSpec
+from distmuon.matrix_updates import matrix_updates
 from distmuon.options import GroupOptions
-from distmuon.orthogonalize import orthogonalize
-from distmuon.orthogonalize.api import orthogonalize_each
 from distmuon.orthogonalize.parts import check_parts
-from distmuon.orthogonalize.pipeline import Polar
 from distmuon.phases import PhaseClock
 from distmuon.publication import Publication
-from distmuon.row_state import row_shape
 from distmuon.shard import Range, Run
 from distmuon.split_exchange import SplitJob
-from distmuon.structure import Axes, cut, join
-from distmuon.work import Work, check_all_done, part_flops, products_dtype, whole_flops
+from distmuon.work import Work, check_all_done, part_flops, whole_flops
 
 # Elements of a piece for the elementwise rules on CPUs. Their several passes then find it in the
 # cache: AdamW took 59 ms in one piece and 31 in these (10.6 M elements); smaller ones gain no more.
@@ -70,7 +64,7 @@ def muon_step(
     for batch in exchange.gather(update):
         active = [pair for pair in batch if present[ownership.members[pair[0]]]]
         known = [largest.get(tensor) for tensor, _ in active]
-        found = _orthogonal_updates(bucket, active, known, options, clock, probe)
+        found = matrix_updates(bucket, active, known, options, clock, probe)
         for (tensor, _), (value, factor) in zip(active, found, strict=True):
             exchange.scatter(tensor, value, factor, out=update)
             done.add(tensor)
@@ -198,132 +192,6 @@ def _pieces(runs: Sequence[Run], device: torch.device) -> list[Run]:
         for run in runs
         for start in range(run.start, run.stop, _PIECE_NUMEL)
     ]
-
-
-def _orthogonal_updates(
-    bucket: Bucket[Range],
-    batch: Sequence[tuple[int, Tensor]],
-    largest: Sequence[Tensor | None],
-    options: Sequence[GroupOptions],
-    clock: PhaseClock,
-    probe: Probe,
-) -> list[tuple[Tensor, float | Tensor]]:
-    """Polar factors of gathered momenta [m, n] of one kind and group, or of their blocks.
-
-    Returns:
-        Each, and what it is still to be multiplied by: a number, or [1] in float32.
-    """
-    ownership = bucket.spec.ownership
-    assert ownership is not None, "a Muon bucket has owners"
-    if not batch:
-        return []
-    tensors, matrices = zip(*batch, strict=True)
-    spec = ownership.layout.specs[tensors[0]]
-    chosen = options[bucket.spec.groups[ownership.members[tensors[0]]]]
-    try:
-        with clock("newton-schulz"):
-            if not _only_scaled(bucket, spec, chosen):
-                rows = zip(batch, largest, strict=True)
-                return [(_update(bucket, *pair, chosen, probe, amax), 1.0) for pair, amax in rows]
-            factor = update_rules.shape_factor(
-                chosen.adjust_lr_fn, spec.axes, matrices[0].shape[-2:]
-            )
-            polar = orthogonalize_each(
-                matrices,
-                coefficients=chosen.ns_coefficients,
-                steps=chosen.ns_steps,
-                dtype=products_dtype(chosen),
-                largest=largest,
-            )
-            return _unscaled(tensors, polar, factor, probe)
-    except Exception as error:
-        names = ", ".join(ownership.layout.specs[tensor].name for tensor in tensors)
-        error.add_note(f"while orthogonalizing {names} {list(matrices[0].shape[-2:])}")
-        raise
-
-
-def _unscaled(
-    tensors: Sequence[int], polar: Polar, factor: float, probe: Probe
-) -> list[tuple[Tensor, float | Tensor]]:
-    """Polar factors, and their factors: `scatter` multiplies in passing."""
-    for index, tensor in enumerate(tensors):
-        scale = None if polar.scale is None else polar.scale[index]
-        probe.look(tensor, polar.values[index], scale)
-    values = polar.values.unbind()
-    if polar.scale is not None:
-        return list(zip(values, (polar.scale * factor).view(-1, 1), strict=True))
-    if polar.values.dtype in (torch.float32, torch.float64):
-        return [(value, factor) for value in values]
-    # Half precision times a number would be rounded to half precision once more.
-    shared = torch.full((1,), factor, device=polar.values.device)
-    return [(value, shared) for value in values]
-
-
-def _only_scaled(bucket: Bucket[Range], spec: TensorSpec, options: GroupOptions) -> bool:
-    """Whether a matrix's polar factor is only multiplied by a number that its shape gives."""
-    alone = options.adjust_lr_fn == "update_rms" or options.max_update_rms is not None
-    return spec.blocks is None and not bucket.spec.kept and not alone
-
-
-def _row_state(bucket: Bucket[Range], matrix: int) -> Tensor | None:
-    """The second moment [m, 1] of an owned matrix, or [1, n]; None for rules without."""
-    name, ownership = "second_momentum_buffer", bucket.spec.ownership
-    if name not in bucket.spec.kept or ownership is None:
-        return None
-    shape = row_shape(ownership.layout.specs[matrix])
-    start = bucket.spec.kept[name].starts[matrix]
-    return bucket.shard.state[name][start : start + math.prod(shape)].view(shape)
-
-
-def _update(
-    bucket: Bucket[Range],
-    tensor: int,
-    matrix: Tensor,
-    options: GroupOptions,
-    probe: Probe,
-    largest: Tensor | None,
-) -> Tensor:
-    """Update of a momentum [m, n], or of its blocks, in which the polar factor is only a part."""
-    assert bucket.spec.ownership is not None, "a Muon bucket has owners"
-    spec, second = bucket.spec.ownership.layout.specs[tensor], _row_state(bucket, tensor)
-    if spec.blocks is None:
-        polar = _polar(matrix, options, largest)
-        probe.look(tensor, polar)
-        _scale_(polar, spec.axes, options, second)
-        return polar
-    values = [_polar(block, options) for block in cut(matrix, spec.blocks)]
-    moments = [None] * len(values) if second is None else cut(second, spec.blocks)
-    for value, moment in zip(values, moments, strict=True):
-        _scale_(value, spec.axes, options, moment)
-    if second is not None:  # the blocks of some are copies
-        changed = [moment for moment in moments if moment is not None]
-        second.copy_(join(changed, second.shape, spec.blocks))
-    return join(values, matrix.shape, spec.blocks)
-
-
-def _polar(x: Tensor, options: GroupOptions, largest: Tensor | None = None) -> Tensor:
-    """Polar factor of a matrix x [m, n]."""
-    return orthogonalize(
-        x,
-        coefficients=options.ns_coefficients,
-        steps=options.ns_steps,
-        dtype=products_dtype(options),
-        largest=largest,
-    )
-
-
-def _scale_(polar: Tensor, axes: Axes, options: GroupOptions, second: Tensor | None) -> None:
-    """Scale a polar factor [m, n] for its shape, in place."""
-    factor = update_rules.shape_factor(options.adjust_lr_fn, axes, polar.shape[-2:])
-    if second is not None:
-        beta2, eps = options.betas[1], options.eps
-        update_rules.normuon_(polar, second, axes, beta2=beta2, eps=eps)
-    if second is not None or options.adjust_lr_fn == "update_rms":
-        update_rules.rescale_(polar, factor / math.sqrt(max(polar.shape[-2:])))
-    else:
-        polar.mul_(factor)
-    if options.max_update_rms is not None:
-        update_rules.cap_(polar, options.max_update_rms)
 
 
 def check_splits(bucket: Bucket[Range], options: Sequence[GroupOptions]) -> None:

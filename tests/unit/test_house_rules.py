@@ -41,6 +41,7 @@ FLOORS = (
     ("agreement", "dcp", "exchange", "shard", "split_exchange"),
     ("buckets", "publication"),
     ("work",),
+    ("matrix_updates",),
     (
         "clipping",
         "companion_step",

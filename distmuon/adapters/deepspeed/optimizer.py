@@ -27,7 +27,7 @@ from distmuon.adapters.deepspeed.refusals import (
     refuse_zero3,
 )
 from distmuon.adapters.deepspeed.stepping import prepare, settle, update
-from distmuon.capture import uncaptured
+from distmuon.capture import refuse_capture, uncompiled
 from distmuon.collectives import Communicator
 from distmuon.errors import see
 from distmuon.group_check import PLAIN_READING, refuse_other_structure
@@ -146,7 +146,7 @@ class ZeroOrtho(torch.optim.Optimizer):
 
     @override
     @torch.no_grad()
-    @uncaptured
+    @uncompiled
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the groups that DeepSpeed shows, on all ranks together.
 
@@ -161,6 +161,7 @@ class ZeroOrtho(torch.optim.Optimizer):
             RuntimeError: on every rank, if one has a problem or their settings differ.
             FloatingPointError: on every rank, if a gradient is not finite.
         """
+        refuse_capture("ZeroOrtho.step")
         loss = None if closure is None else torch.enable_grad()(closure)()
         if self._open != "checked":
             self._check()
