@@ -21,24 +21,33 @@ from distmuon.plan import digest
 _AVERAGED_RTOL = 1e-3
 
 
-def check_backend(communicator: Communicator, device: torch.device) -> None:
+def check_backend(communicator: Communicator, devices: Sequence[torch.device]) -> None:
     """Refuse to send the tensors of a device by a backend that cannot.
 
     Args:
         communicator: The group.
-        device: Where the flat buffers lie.
+        devices: Where the flat buffers lie.
 
     Raises:
-        ValueError: for gloo and a device other than the CPU: it has no all-to-all there.
+        ValueError: for gloo and a device other than the CPU: it has no all-to-all there; or if the
+            group has no backend for the device, as NCCL's has none for the CPU.
     """
-    if communicator.world_size == 1 or device.type == "cpu":
+    if communicator.world_size == 1:
         return
-    if communicator.backend(device) == "gloo":
-        raise ValueError(
-            f"The parameters are on {device.type}, and the process group sends from there with "
-            'gloo, which lacks the all-to-all. Use init_process_group("nccl") or '
-            '"cpu:gloo,cuda:nccl", or keep the parameters on the CPU.' + see("launch")
-        )
+    for kind in dict.fromkeys(device.type for device in devices):
+        backend = communicator.backend(kind)
+        if backend == "gloo" and kind != "cpu":
+            raise ValueError(
+                f"The parameters are on {kind}, and the process group sends from there with gloo, "
+                'which lacks the all-to-all. Use init_process_group("nccl") or '
+                '"cpu:gloo,cuda:nccl", or keep the parameters on the CPU.' + see("launch")
+            )
+        if not backend:
+            raise ValueError(
+                f"There are parameters on {kind}, from where the process group cannot send. Move "
+                'the model to its GPU before the first step, or use init_process_group("gloo") '
+                'for CPUs and "cpu:gloo,cuda:nccl" for both.' + see("launch")
+            )
 
 
 def check_same_setup(communicator: Communicator, lines: Sequence[str]) -> None:

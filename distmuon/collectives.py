@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmuon import connections
-from distmuon.errors import see
-from distmuon.failure import LIMIT_S, RankFailure, RollCall, Topic, Verdict, explain, within
+from distmuon.failure import Topic
 from distmuon.phases import PhaseClock
+from distmuon.watched_group import WatchedGroup
 
 Payload = TypeVar("Payload")
 Number = TypeVar("Number", int, float)
@@ -68,7 +66,7 @@ class Pending:
         return self._result
 
 
-class Communicator:
+class Communicator(WatchedGroup):
     """A process group, or the lack of one, behind the few operations that distmuon needs.
 
     Without a process group, or with a single rank, every operation returns at once: one rank is
@@ -76,10 +74,7 @@ class Communicator:
     it cannot be completed.
 
     Attributes:
-        step: Number of the step that is being made, from 1, for error messages.
         clock: Measures how long messages are waited for.
-        rank: Rank within the group.
-        world_size: Ranks in the group.
         bytes_sent: Payload bytes this rank has sent to other ranks so far, per kind. Collectives
             whose algorithm is the backend's own are counted as the least that any algorithm sends.
     """
@@ -93,99 +88,9 @@ class Communicator:
         Raises:
             TypeError: if it is something else, or a group that this rank is not part of.
         """
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                f"Invalid process_group of type {type(process_group).__name__}. Must be a "
-                "torch.distributed.ProcessGroup that this rank is a member of, such as "
-                "torch.distributed.group.WORLD after init_process_group(), or None."
-                + see("bad-option")
-            )
-        self._group = process_group
-        self.rank = 0 if process_group is None else process_group.rank()
-        self.world_size = 1 if process_group is None else process_group.size()
+        super().__init__(process_group)
         self.bytes_sent: Counter[str] = Counter()
-        self.step = 0
         self.clock = PhaseClock()
-        self._topic = Topic("setup")
-
-    @contextmanager
-    def during(self, topic: Topic) -> Iterator[None]:
-        """Say what the operations inside are about, those with a topic of their own excepted.
-
-        Args:
-            topic: For the error if one fails.
-        """
-        before, self._topic = self._topic, topic
-        try:
-            yield
-        finally:
-            self._topic = before
-
-    @contextmanager
-    def guarded(self, topic: Topic | None = None) -> Iterator[None]:
-        """Turn a backend's error into one that names step, phase, parameters and missing ranks.
-
-        Args:
-            topic: What is being sent; None for what `during` says.
-
-        Raises:
-            RankFailure: in place of any RuntimeError.
-        """
-        try:
-            yield
-        except RankFailure:
-            raise
-        except RuntimeError as error:
-            topic = topic or self._topic
-            place = f"step {self.step}, {topic}"
-            timed_out = "imed out" in str(error) or "timeout" in str(error)
-            found = within(LIMIT_S, lambda: self._investigate(place, timed_out=timed_out))
-            verdict = found or Verdict((), "unknown", "")
-            explanation = explain(verdict, self.rank, dist.get_process_group_ranks(self._group))
-            raise RankFailure(self.step, topic, verdict, explanation) from error
-
-    def abandon(self, error: Exception) -> None:
-        """Leave the group for good because of an error that only this rank has.
-
-        The other ranks learn of it at once rather than at the process group's timeout.
-
-        Args:
-            error: What they are told.
-        """
-        if self.world_size > 1 and not isinstance(error, RankFailure):
-            notes = getattr(error, "__notes__", [])
-            text = "; ".join([f"{type(error).__name__}: {error}", *notes])
-            within(LIMIT_S, lambda: self._blame_me(text))
-
-    def _blame_me(self, text: str) -> None:
-        roll_call = self._roll_call()
-        roll_call.answer(f"step {self.step}", ())
-        roll_call.blame_me(text)
-        connections.close(self._group, range(self.world_size))
-
-    def _investigate(self, place: str, *, timed_out: bool) -> Verdict:
-        # gloo closes all connections of a rank whose timeout has run out: they tell nothing then.
-        gone = [] if timed_out else connections.find_closed(self._group)
-        roll_call = self._roll_call()
-        roll_call.answer(place, gone)
-        connections.close(
-            self._group, [rank for rank in range(self.world_size) if rank not in gone]
-        )
-        return roll_call.verdict()
-
-    def _roll_call(self) -> RollCall:
-        assert self._group is not None, "one rank sends nothing that could fail"
-        return RollCall(self._group.get_group_store(), self.rank, self.world_size)
-
-    def backend(self, device: torch.device) -> str:
-        """Name of the backend that sends tensors of such a device; empty if there is none."""
-        known = dist.get_backend_config(self._group).split(",")
-        return dict(entry.split(":") for entry in known).get(device.type, "")
-
-    def same_ranks(self, process_group: dist.ProcessGroup) -> bool:
-        """Whether another group consists of the same ranks."""
-        mine, other = (dist.get_process_group_ranks(g) for g in (self._group, process_group))
-        return sorted(mine) == sorted(other)
 
     def exchange(
         self,
@@ -348,29 +253,37 @@ class Communicator:
         """
         if self.world_size == 1:
             return shard
+        whole = None
+        operations = []
         if self.rank != to:
-            self.bytes_sent["consolidate"] += shard.numel() * shard.element_size()
-            with self.guarded():
-                dist.send(shard, group=self._group, group_dst=to)
-            return None
-        whole = shard.new_empty(self.world_size, shard.numel())
-        whole[to] = shard
-        for rank in range(self.world_size):
-            if rank != to:
-                with self.guarded():
-                    dist.recv(whole[rank], group=self._group, group_src=rank)
-        return whole.view(-1)
+            self.bytes_sent["consolidate"] += shard.nbytes
+            operations.append(dist.P2POp(dist.isend, shard, group=self._group, group_peer=to))
+        else:
+            whole = shard.new_empty(self.world_size, shard.numel())
+            whole[to] = shard
+            operations += [
+                dist.P2POp(dist.irecv, whole[rank], group=self._group, group_peer=rank)
+                for rank in range(self.world_size)
+                if rank != to
+            ]
+        with self.guarded():
+            # As a batch, because NCCL would connect each pair anew for single messages.
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return None if whole is None else whole.view(-1)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a tensor with the first rank's. For set-up only.
 
         Args:
-            tensor: Any dtype; the same shape on every rank.
+            tensor: Any dtype and device; the same shape on every rank.
         """
         if self.world_size > 1:
+            # NCCL cannot send a buffer that the model keeps on the host.
+            place = tensor.device if self.backend(tensor.device.type) else self.device
             # As bytes, because backends lack some dtypes; contiguous, because gloo sends anything
             # else as it lies in storage.
-            whole = tensor.detach().contiguous()
+            whole = tensor.detach().to(place).contiguous()
             with self.guarded():
                 dist.broadcast(whole.reshape(-1).view(torch.uint8), group=self._group, group_src=0)
             tensor.copy_(whole)
@@ -387,6 +300,6 @@ class Communicator:
         if self.world_size == 1:
             return [value]
         collected: list[Any] = [None] * self.world_size
-        with self.guarded():
+        with self.guarded(), self.on_device():
             dist.all_gather_object(collected, value, group=self._group)
         return collected

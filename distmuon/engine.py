@@ -72,10 +72,12 @@ class Engine:
             RuntimeError: on every rank, if their setups differ; names the first difference.
             ValueError: if two parameters share memory, or an option is out of range.
         """
+        devices = list(dict.fromkeys(p.device for spec in specs for p in spec.parameters))
+        communicator.locate(devices)
         with communicator.during(Topic("setup")):
             agreement.check_same_setup(communicator, describe_setup(specs, groups, policy, clip))
         refuse_shared_storage(specs)
-        agreement.check_backend(communicator, specs[0].parameters[0].device)
+        agreement.check_backend(communicator, devices)
         self._clipper = Clipper(clip, [spec.layout for spec in specs], communicator)
         self._communicator = communicator
         self._policy = policy

@@ -196,6 +196,7 @@ class Muon(SavedOptimizer):
             RuntimeError: on every rank, if their groups differ, or those of another are wrong.
             ValueError: as the constructor, and so TypeError. In either case nothing was changed.
         """
+        self.communicator.locate(parameter.device for parameter in self._names)
         with agreement.together(self.communicator, "refresh"):
             names = group_check.recheck_groups(self.param_groups, self._names)
         if self._engine is not None:

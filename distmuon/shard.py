@@ -15,6 +15,7 @@ from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.group_check import canonical_name
 from distmuon.kernels import elementwise
+from distmuon.kernels.device import on_device_of
 from distmuon.layout import Layout
 from distmuon.rounding import Piece, make_key, round_
 
@@ -208,10 +209,11 @@ class Shard(FlatRange):
         # DLPack gives each view a storage object of its own over the buffer's memory. Whoever takes
         # parameters of one storage for tied would otherwise save the first and drop the others
         # (Accelerate's save_state), and torch.save would write the whole buffer for any one.
-        self._views = tuple(
-            from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
-            for spec, offset in zip(layout.specs, layout.offsets, strict=True)
-        )
+        with on_device_of(self.flat):  # torch exports from the current device only
+            self._views = tuple(
+                from_dlpack(self.flat[offset : offset + spec.numel]).view(spec.shape)
+                for spec, offset in zip(layout.specs, layout.offsets, strict=True)
+            )
         self._topic = Topic("publish", None, tuple(spec.name for spec in layout.specs))
         self.layout = layout
         self._adopt_storage()

@@ -94,7 +94,7 @@ def load(
             algorithm, naming all of them: nothing has been changed then.
     """
     require_safetensors()
-    communicator = find_communicator(optimizer, process_group)
+    communicator = find_communicator(optimizer, process_group, model)
     settle()
     folder, manifest = _check_files(path, communicator)
     groups = all_ranks(communicator, partial(_check_fit, manifest, optimizer, model))

@@ -131,7 +131,7 @@ def save(  # noqa: PLR0913 - what is saved, then how
             f"Invalid {keep_latest=}. Must be an int >= 1, or None to keep all." + see("bad-option")
         )
     require_safetensors()
-    communicator = find_communicator(optimizer, process_group)
+    communicator = find_communicator(optimizer, process_group, model)
     settle()
     buckets = optimizer.open() if optimizer is not None else ()
     source = Source(optimizer, buckets, model, metadata or {}, tensors or {}, rank_tensors or {})

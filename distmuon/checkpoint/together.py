@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch.distributed as dist
+from torch import nn
 
 from distmuon.checkpoint.errors import CheckpointError
 from distmuon.checkpoint.sharded import Sharded
@@ -19,13 +20,14 @@ Result = TypeVar("Result")
 
 
 def find_communicator(
-    optimizer: Sharded | None, process_group: ProcessGroup | None
+    optimizer: Sharded | None, process_group: ProcessGroup | None, model: nn.Module | None
 ) -> Communicator:
     """The ranks that save or load together.
 
     Args:
         optimizer: Whose ranks they are, if there is one.
         process_group: Otherwise they are this group's; None for the default group, if there is one.
+        model: Tells this rank's device where there is no optimizer.
 
     Raises:
         TypeError: for another optimizer, which has no parts to save.
@@ -35,13 +37,16 @@ def find_communicator(
     if optimizer is None:
         # As everywhere in torch; and ranks that each saved alone would replace each other's.
         default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        return Communicator(process_group or default)
+        alone = Communicator(process_group or default)
+        alone.locate(parameter.device for parameter in (model.parameters() if model else ()))
+        return alone
     communicator = optimizer.communicator
     if process_group is not None and not communicator.same_ranks(process_group):
         raise ValueError(
             "process_group has other ranks than the optimizer is sharded over. Leave it out: the "
             "optimizer's own group is used." + see("bad-option")
         )
+    communicator.locate(parameter.device for parameter in optimizer.parameter_names)
     return communicator
 
 

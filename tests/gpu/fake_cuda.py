@@ -14,7 +14,7 @@ Stood in for is what a machine without a GPU lacks, and no more:
   of the meta device, which does nothing. torch itself puts one like it there in a build for CUDA
   that finds no GPU;
 - memory: an address is equal for tensors of one storage and offset, and for no others; DLPack, by
-  which a shard makes views, gives a view.
+  which a shard makes views, gives a view, from the current device only, as torch's does.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.dlpack import from_dlpack
 
 # Positions of c10::DeviceType.
 _CUDA, _META, _DEVICE_TYPES = 1, 14, 21
@@ -124,9 +125,14 @@ def _replace_memory(patch: pytest.MonkeyPatch, host: Host) -> None:
         host.waits["tolist"] += 1
         return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
 
+    def view(tensor: Tensor) -> Tensor:
+        if tensor.is_cuda and tensor.device.index != host.current:
+            raise BufferError("Can't export tensors on a different CUDA device index.")
+        return tensor.view(tensor.shape) if tensor.is_cuda else from_dlpack(tensor)
+
     patch.setattr(FakeTensor, "data_ptr", address)
     patch.setattr(FakeTensor, "tolist", tolist)
-    patch.setattr("distmuon.shard.from_dlpack", lambda tensor: tensor.view(tensor.shape))
+    patch.setattr("distmuon.shard.from_dlpack", view)
 
 
 class _Cuda(TorchDispatchMode):

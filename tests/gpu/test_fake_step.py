@@ -199,6 +199,7 @@ def test_state_is_saved_and_loaded_on_the_device(host: Host) -> None:
 
 
 def test_parameters_on_two_devices_share_an_optimizer(host: Host) -> None:
+    # With a program that never said which of its GPUs is the current one.
     parameters, optimizer = build(Case(names=SOME), diagnostics_every=1)
     on_host = nn.Parameter(torch.zeros(8, 24))
     optimizer.add_param_group({"params": [("embedding", on_host)], "algorithm": "adamw"})

@@ -37,6 +37,7 @@ FLOORS = (
     ("plan", "choice", "group_check"),
     # Above this line rooms may communicate.
     ("connections",),
+    ("watched_group",),
     ("collectives",),
     ("agreement", "dcp", "exchange", "shard", "split_exchange"),
     ("buckets", "publication"),
