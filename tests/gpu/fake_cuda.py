@@ -4,7 +4,9 @@ torch's fake tensors on "cuda" compute nothing, and refuse what a GPU would: ope
 devices. `fake_cuda` also counts where the host waits for the device, as
 `torch.cuda.set_sync_debug_mode` would: at a number that is read, and at a copy between host and
 device that is not `non_blocking`. What the host computes with tensors of its own is real. torch's
-fused optimizers, which read tensors by address, are refused those of another device.
+fused optimizers, which read tensors by address, are refused those of another device. A message of
+CUDA tensors arrives at once, with nothing in it; only what was copied from the host is reduced for
+real, by the group's backend for the CPU.
 
 Stood in for is what a machine without a GPU lacks, and no more:
 
@@ -30,10 +32,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.dlpack import from_dlpack
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Positions of c10::DeviceType.
 _CUDA, _META, _DEVICE_TYPES = 1, 14, 21
@@ -46,10 +50,12 @@ class Host:
     Attributes:
         waits: How often it waited for the device, by operation.
         current: Index of the current device.
+        sent: Messages of CUDA tensors, by operation and device.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
     current: int = 0
+    sent: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 @contextmanager
@@ -59,11 +65,11 @@ def fake_cuda() -> Iterator[Host]:
     Yields:
         What the host does inside.
     """
-    host = Host()
+    host, known = Host(), WeakTensorKeyDictionary()
     with pytest.MonkeyPatch.context() as patch, _device_guard():
         _replace_driver(patch, host)
-        _replace_memory(patch, host)
-        with _Cuda(host):
+        _replace_memory(patch, host, known)
+        with _Cuda(host, known):
             yield host
 
 
@@ -115,7 +121,7 @@ def _replace_driver(patch: pytest.MonkeyPatch, host: Host) -> None:
     patch.setattr(torch.version, "cuda", None)  # a build for CUDA would launch kernels
 
 
-def _replace_memory(patch: pytest.MonkeyPatch, host: Host) -> None:
+def _replace_memory(patch: pytest.MonkeyPatch, host: Host, known: WeakTensorKeyDictionary) -> None:
     def address(tensor: FakeTensor) -> int:
         # Far enough apart for any tensor.
         return (tensor.untyped_storage()._cdata << 32) + tensor.storage_offset() * tensor.itemsize
@@ -123,7 +129,8 @@ def _replace_memory(patch: pytest.MonkeyPatch, host: Host) -> None:
     def tolist(tensor: FakeTensor) -> Any:
         # As one copy: torch's own reads fake values one by one.
         host.waits["tolist"] += 1
-        return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
+        value = known.get(tensor)
+        return (torch.ones(tensor.shape, dtype=tensor.dtype) if value is None else value).tolist()
 
     def view(tensor: Tensor) -> Tensor:
         if tensor.is_cuda and tensor.device.index != host.current:
@@ -138,8 +145,10 @@ def _replace_memory(patch: pytest.MonkeyPatch, host: Host) -> None:
 class _Cuda(TorchDispatchMode):
     """Gives what concerns CUDA to fake tensors, and notes what makes the host wait for it."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, known: WeakTensorKeyDictionary) -> None:
         super().__init__()
+        # Copies of the host's tensors, and their values.
+        self._known = known
         self._fake = FakeTensorMode()
         self._host = host
 
@@ -166,6 +175,8 @@ class _Cuda(TorchDispatchMode):
         if wanted.type == "cpu" and not any(isinstance(each, FakeTensor) for each in tensors):
             return function(*args, **kwargs)
         name = function.overloadpacket.__name__
+        if function.namespace == "c10d":
+            return self._send(function, name, args, kwargs)
         if name.startswith("_fused_") and len({each.device for each in tensors}) > 1:
             raise RuntimeError(f"{name} reads its tensors by address: they must be on one device")
         if name == "_local_scalar_dense":
@@ -177,7 +188,23 @@ class _Cuda(TorchDispatchMode):
         crosses = len({each.device.type for each in (*tensors, *made)}) > 1
         if (crosses and _is_blocking_copy(name, args, kwargs)) or name == "_linalg_check_errors":
             self._host.waits[name] += 1
+        if name == "_to_copy" and out.is_cuda and not isinstance(args[0], FakeTensor):
+            self._known[out] = args[0].to(out.dtype)
         return out
+
+    def _send(
+        self, function: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Note a message. Numbers of the host are reduced for real; all else arrives at once."""
+        fakes = [each for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
+        for device in {str(each.device) for each in fakes}:
+            self._host.sent[name, device] += 1
+        if name == "allreduce_":
+            values = [self._known[each] for each in fakes]
+            _, work = function(values, *args[1:], **kwargs)
+            return fakes, work
+        work = FakeWork().boxed()
+        return work if name in ("alltoall_base_", "send", "recv_") else (args[0], work)
 
     def _faked(self, value: Any) -> Any:
         is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
