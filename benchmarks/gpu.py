@@ -73,11 +73,12 @@ GOALS = {
 # over so many tokens; Newton-Schulz beside gram-newton-schulz.
 MOST_OF_ADAMW, TOKENS, MOST_OF_PASSES, MOST_OF_GRAM = 1.15, 500_000, 0.03, 1.1
 TRIED_TILES = (
-    *(tile for _, tile in TILES),
-    Tile(128, 128, 64, warps=4, stages=4),
+    *TILES,
+    Tile(128, 128, 64, warps=8, stages=4),
     Tile(128, 128, 128, warps=8, stages=3),
+    Tile(128, 128, 64, warps=4, stages=3, resident=2),
+    Tile(128, 64, 64, warps=4, stages=4, resident=2),
     Tile(256, 128, 64, warps=8, stages=4),
-    Tile(256, 64, 64, warps=8, stages=4),
 )
 
 
@@ -120,7 +121,8 @@ def products(bench: Bench, m: int) -> None:
         contestants: Contestants = {"cublas": lambda x: torch.bmm(x, x.mT)}
         if not bench.tiny:
             for tile in TRIED_TILES:
-                name = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
+                name = f"{tile.rows}x{tile.cols}x{tile.depth} "
+                name += f"w{tile.warps} s{tile.stages} r{tile.resident}"
                 contestants[name] = lambda x, tile=tile: symmetric._with_triton(
                     x, x.mT, None, Scaled(1.0), Scaled(0.0), None, tile
                 )

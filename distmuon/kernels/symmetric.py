@@ -19,7 +19,7 @@ from torch import Tensor
 from distmuon.errors import see
 from distmuon.kernels import quack
 from distmuon.kernels.device import on_device_of
-from distmuon.kernels.tiles import Scaled, Tile, tile_for
+from distmuon.kernels.tiles import Scaled, Tile, tile_for, tile_of
 
 Backend: TypeAlias = Literal["auto", "torch", "triton", "quack"]
 # A number, one float32 for each matrix in the device's memory, or their product.
@@ -213,7 +213,7 @@ def _product(
     scaled = alpha.by is not None, beta.by is not None
     kernel = _choose(a, b, c, scaled=scaled, squares=squares is not None)
     if kernel == "triton":
-        return _with_triton(a, b, c, alpha, beta, squares, tile_for(a.size(1)))
+        return _with_triton(a, b, c, alpha, beta, squares, tile_of(a))
     if kernel == "quack" and not any(scaled):
         return quack.symmetric(a, b, c, alpha=alpha.number, beta=beta.number)
     return _with_torch(a, b, c, alpha, beta)
@@ -278,7 +278,8 @@ def computed_entries(m: int, k: int, dtype: torch.dtype, device: torch.device) -
         device: Where they are.
 
     Returns:
-        Those of the kernel's tiles; None where no kernel is to be used, and all are computed.
+        Those of the kernel's tiles, as in a stack of many; None where no kernel is to be used, and
+        all are computed.
     """
     if _wanted(m, k, dtype, device) == "torch":
         return None
@@ -311,7 +312,7 @@ def _choose(
     ends = [x.size(1) * x.stride(1) + x.size(2) * x.stride(2) for x in operands]
     if a.size(0) > _LARGEST_BATCH or max(*ends, m * m) >= _LARGEST_OFFSET:
         return "torch"
-    tile = tile_for(m)
+    tile = tile_of(a)
     key = _Class(
         kernel,
         a.device,

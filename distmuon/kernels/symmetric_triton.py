@@ -22,33 +22,89 @@ def _place(pid, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _store(value, base, rows, cols, m, stride, below_diagonal, MASK_M: tl.constexpr):
-    """Write the lower part of a tile and its mirror; the sum of the squares of what was written.
+def _product(
+    a_ptr,
+    b_ptr,
+    rows,
+    cols,
+    m,
+    k,
+    a_row,
+    a_col,
+    b_row,
+    b_col,
+    MASK_M: tl.constexpr,
+    MASK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The sums of one tile, over k terms.
 
-    What lies above the diagonal is dropped, so the result is symmetric to the last bit. The masks
-    of tiles across the diagonal differ from element to element and forbid wide stores, those of
-    the others do not: hence two branches.
+    What moves along the terms is a scalar. Pointers of a tile would take two registers an element
+    and 64-bit additions in every round.
     """
-    out = value.to(base.dtype.element_ty)
-    lower = base + rows[:, None] * stride + cols[None, :]
-    upper = base + cols[:, None] * stride + rows[None, :]
-    edge = (rows < m)[:, None] & (cols < m)[None, :]
-    square = value * value
-    if below_diagonal:
-        total = 2.0 * tl.sum(tl.sum(square, axis=1), axis=0)
-        if MASK_M:
-            tl.store(lower, out, mask=edge)
-            tl.store(upper, tl.trans(out), mask=tl.trans(edge))
+    depth = tl.arange(0, DEPTH)
+    a_offset = rows[:, None] * a_row + depth[None, :] * a_col
+    b_offset = depth[:, None] * b_row + cols[None, :] * b_col
+    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, k, DEPTH):
+        if MASK_M or MASK_K:
+            inside = depth < k - start
+            a_mask = (rows < m)[:, None] & inside[None, :]
+            a = tl.load(a_ptr + a_offset, mask=a_mask, other=0.0)
+            b_mask = inside[:, None] & (cols < m)[None, :]
+            b = tl.load(b_ptr + b_offset, mask=b_mask, other=0.0)
         else:
-            tl.store(lower, out)
-            tl.store(upper, tl.trans(out))
+            a = tl.load(a_ptr + a_offset)
+            b = tl.load(b_ptr + b_offset)
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc)
+        a_ptr += DEPTH * a_col
+        b_ptr += DEPTH * b_row
+    return acc
+
+
+@triton.jit
+def _store_block(out, base, rows, cols, m, stride, below_diagonal, MASK_M: tl.constexpr):
+    """Write a square block of the lower triangle and its mirror.
+
+    Above the diagonal a block across it takes what is below, so the result is symmetric to the
+    last bit. Both stores are 16 bytes wide in every block, and there is no branch for the compiler
+    to keep copies of the block for.
+    """
+    mirror = tl.trans(out)
+    # In a block below the diagonal this changes nothing.
+    out = tl.where(rows[:, None] >= cols[None, :], out, mirror)
+    lower = base + (rows[:, None] * stride + cols[None, :])
+    upper = base + (cols[:, None] * stride + rows[None, :])
+    if MASK_M:
+        tl.store(lower, out, mask=(rows < m)[:, None] & (cols < m)[None, :])
+        inside = (cols < m)[:, None] & (rows < m)[None, :]
+        tl.store(upper, mirror, mask=inside & below_diagonal)
     else:
-        below = rows[:, None] > cols[None, :]
-        weight = tl.where(below, 2.0, tl.where(rows[:, None] == cols[None, :], 1.0, 0.0))
-        total = tl.sum(tl.sum(square * weight, axis=1), axis=0)
-        tl.store(lower, out, mask=edge & (rows[:, None] >= cols[None, :]))
-        tl.store(upper, tl.trans(out), mask=tl.trans(edge & below))
-    return total
+        tl.store(lower, out)
+        tl.store(upper, mirror, mask=below_diagonal)
+
+
+@triton.jit
+def _store_tile(
+    out, base, row, col, m, stride, MASK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Write a tile as one or two square blocks; one above the diagonal is dropped."""
+    rows = row * ROWS + tl.arange(0, COLS)
+    cols = col * COLS + tl.arange(0, COLS)
+    if ROWS == COLS:
+        _store_block(out, base, rows, cols, m, stride, row > col, MASK_M)
+    else:
+        tl.static_assert(ROWS == 2 * COLS)
+        top, bottom = tl.split(tl.permute(tl.reshape(out, (2, COLS, COLS)), (1, 2, 0)))
+        if 2 * row >= col:
+            _store_block(top, base, rows, cols, m, stride, 2 * row > col, MASK_M)
+        _store_block(bottom, base, rows + COLS, cols, m, stride, 2 * row + 1 > col, MASK_M)
 
 
 @triton.jit
@@ -92,40 +148,43 @@ def _symmetric_kernel(
     row, col = _place(pid, ROWS // COLS)
     rows = row * ROWS + tl.arange(0, ROWS)
     cols = col * COLS + tl.arange(0, COLS)
-    depth = tl.arange(0, DEPTH)
-    a_tile = a_ptr + batch * a_batch + rows[:, None] * a_row + depth[None, :] * a_col
-    b_tile = b_ptr + batch * b_batch + depth[:, None] * b_row + cols[None, :] * b_col
-    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
     # Tiles beyond the matrix's edge, at most one row of tiles has them, have nothing to sum.
-    for start in range(0, tl.where(col * COLS < m, k, 0), DEPTH):
-        if MASK_M or MASK_K:
-            inside = depth < k - start
-            a = tl.load(a_tile, mask=(rows < m)[:, None] & inside[None, :], other=0.0)
-            b = tl.load(b_tile, mask=inside[:, None] & (cols < m)[None, :], other=0.0)
-        else:
-            a = tl.load(a_tile)
-            b = tl.load(b_tile)
-        if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc)
-        a_tile += DEPTH * a_col
-        b_tile += DEPTH * b_row
-
+    acc = _product(
+        a_ptr + batch * a_batch,
+        b_ptr + batch * b_batch,
+        rows,
+        cols,
+        m,
+        tl.where(col * COLS < m, k, 0),
+        a_row,
+        a_col,
+        b_row,
+        b_col,
+        MASK_M,
+        MASK_K,
+        WIDEN,
+        ROWS,
+        COLS,
+        DEPTH,
+    )
     if HAS_ALPHA:
         alpha *= tl.load(alpha_ptr + batch)
     value = acc * alpha
     if HAS_C:
-        c_tile = c_ptr + batch * c_batch + rows[:, None] * c_row + cols[None, :] * c_col
+        c_tile = c_ptr + batch * c_batch + (rows[:, None] * c_row + cols[None, :] * c_col)
         edge = (rows < m)[:, None] & (cols < m)[None, :]
         c = tl.load(c_tile, mask=edge, other=0.0) if MASK_M else tl.load(c_tile)
         if HAS_BETA:
             beta *= tl.load(beta_ptr + batch)
         value += c.to(tl.float32) * beta
-    base = out_ptr + batch * out_batch
-    total = _store(value, base, rows, cols, m, out_row, (col + 1) * COLS <= row * ROWS, MASK_M)
     if HAS_SQUARE:
+        # Of the square blocks, those below the diagonal count twice, those above it not.
+        place = rows // COLS - col
+        weight = tl.where(place > 0, 2.0, tl.where(place == 0, 1.0, 0.0))
+        total = tl.sum(value * value * weight[:, None])
         tl.store(square_ptr + batch * tl.num_programs(0) + pid, total)
+    out = value.to(out_ptr.dtype.element_ty)
+    _store_tile(out, out_ptr + batch * out_batch, row, col, m, out_row, MASK_M, ROWS, COLS)
 
 
 def launch(
@@ -184,4 +243,5 @@ def launch(
         DEPTH=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )

@@ -10,7 +10,7 @@ import torch
 
 from distmuon.kernels import symmetric
 from distmuon.kernels.symmetric import sym_gemm, sym_gemm_norm, symmetric_backend
-from distmuon.kernels.tiles import TILES, Tile
+from distmuon.kernels.tiles import LARGE, SMALL, TILES, Tile, tile_for
 
 
 def test_a_cpu_never_imports_triton() -> None:
@@ -78,9 +78,26 @@ def test_quack_is_asked_for_only_by_who_has_it() -> None:
 
 
 def test_tiles_cover_the_triangle() -> None:
-    for _, tile in TILES:
-        assert tile.rows % tile.cols == 0
+    for tile in TILES:
+        assert tile.rows in (tile.cols, 2 * tile.cols)
     for m in (1, 63, 64, 65, 300):
         tile = Tile(64, 32, 16, 4, 2)
         needed = {(r // 64, c // 32) for r in range(m) for c in range(r + 1)}
         assert len(needed) <= tile.count(m) <= len(needed) + 1
+
+
+def test_the_tile_leaves_least_to_the_busiest_processor() -> None:
+    square, wide = LARGE
+    # By tiles of each: 528 and 272, 1224 and 648, 864 and 480.
+    assert tile_for(4096, processors=132) == square, "4 rounds against 3 of more than half as long"
+    assert tile_for(2048, batch=9, processors=132) == wide, "10 against 5"
+    assert tile_for(1024, batch=24, processors=132) == square, "7 against 4"
+    assert tile_for(4096) == tile_for(4096, batch=1000, processors=132) == wide
+    assert tile_for(100, batch=1000, processors=132) == SMALL
+
+
+def test_only_what_fits_is_resident() -> None:
+    for tile in TILES:
+        stored = 2 * tile.stages * tile.depth * (tile.rows + tile.cols)
+        assert tile.resident * (stored + 1024) <= 228 * 1024, "shared memory of an H200"
+        assert tile.resident * tile.warps * 32 * tile.registers <= 65536

@@ -148,13 +148,11 @@ def test_factors_come_from_memory_or_from_numbers_alike() -> None:
 
 
 def test_every_tile_of_the_table_computes_right() -> None:
-    for _, tile in TILES:
+    for tile in TILES:
         m = tile.rows + 3
         x = torch.randn(1, m, tile.depth + 1).half()
         out, _ = launch_poisoned(x, x.mT, None, tile, [1.0], [0.0])
         assert_right(out, x.double() @ x.double().mT, torch.float16)
-    assert tile_for(1) == TILES[-1][1]
-    assert tile_for(4096) == TILES[0][1]
 
 
 def test_a_kernel_that_computes_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
