@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ examples:
   distmuon ckpt reshard runs/x/checkpoints/step-00000100 step-100-on-8 --ranks 8
   distmuon ckpt export  runs/x/checkpoints/step-00000100 muon.safetensors --optimizer muon
 
-PATH is a checkpoint, or a folder of checkpoints, of which the newest whole one is taken.
+PATH is a checkpoint, or a folder of checkpoints, of which the newest whole one is taken. Those of
+distmuon.deepspeed.save are checkpoints like the others; DeepSpeed's own are not.
 
 exit codes: 0 done, 1 the checkpoint is broken or cannot be written, 2 wrong usage"""
 
@@ -96,7 +97,22 @@ def _resolve(path: Path) -> Path:
     if (path / MANIFEST).exists():
         return path
     newest = checkpoint.latest(path)
+    if newest is None and (_is_deepspeeds(path) or any(map(_is_deepspeeds, _folders(path)))):
+        raise CommandError(
+            f"{path} is a checkpoint of DeepSpeed's own, from engine.save_checkpoint: load it with "
+            "engine.load_checkpoint or distmuon.deepspeed.load_resharded. These commands read what "
+            "distmuon.deepspeed.save writes.",
+            entry="deepspeed",
+        )
     return path if newest is None else newest
+
+
+def _is_deepspeeds(path: Path) -> bool:
+    return any(path.glob("*_optim_states.pt"))
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    return (each for each in path.iterdir() if each.is_dir())
 
 
 def _inspect(path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -174,4 +190,6 @@ def _say(value: Any) -> str:
         return "".join(f"\n  {number}: {_say(each)}" for number, each in enumerate(value))
     if isinstance(value, list):
         return ", ".join(map(_say, value)) or "none"
+    if isinstance(value, str) and not value.isprintable():
+        return repr(value)  # a prompt of several lines
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
