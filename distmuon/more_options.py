@@ -17,7 +17,8 @@ class MoreOptions(TypedDict, total=False):
         decay_rule: Which elements are decayed: "decoupled" all of them, "cautious" those that the
             update makes smaller too (Chen et al., arXiv 2510.12402).
         max_update_rms: Largest root mean square of a matrix's scaled update, before lr. What is
-            larger is scaled down to it; None for no bound. AdamW's updates have none.
+            larger is scaled down to it; None for no bound. Other updates have none: a group of them
+            that names one is refused, and the constructor's is not for them.
         stochastic_rounding: Seed with which bfloat16 parameters are rounded at random, in place of
             an fp32 master copy; None keeps the copy. See `distmuon.rounding`.
     """

@@ -19,7 +19,16 @@ from distmuon.cost import CostModel
 from distmuon.engine import Engine
 from distmuon.layout import LayoutChoice
 from distmuon.more_options import MoreOptions, complete
-from distmuon.options import MissingGrad, NonFinite, NsDtype, Policy, Reduce, StateDictKind, Wire
+from distmuon.options import (
+    MissingGrad,
+    NonFinite,
+    NsDtype,
+    Policy,
+    Reduce,
+    StateDictKind,
+    Wire,
+    refuse_unused_bound,
+)
 from distmuon.orthogonalize.coefficients import Coefficients
 from distmuon.phases import Profile
 from distmuon.plan import ExchangePlan
@@ -181,6 +190,7 @@ class Muon(SavedOptimizer):
         """
         index = len(self.param_groups)
         group, names = group_check.read_group(param_group, index, self.defaults, self._names)
+        refuse_unused_bound(param_group, index, self.defaults)
         super().add_param_group(group)
         self._names = names
         self.keeper.mark(self.state, self.param_groups)

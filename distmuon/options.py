@@ -278,6 +278,27 @@ def read_options(group: Mapping[str, Any], index: int) -> GroupOptions:
     )
 
 
+def refuse_unused_bound(group: Mapping[str, Any], index: int, defaults: Mapping[str, Any]) -> None:
+    """Refuse `max_update_rms` in a new group whose rule has no matrices to bound.
+
+    Args:
+        group: As the user gave it. What it has of the constructor is meant for the other groups.
+        index: Its position, for the message.
+        defaults: The constructor's.
+
+    Raises:
+        ValueError: if it says a bound itself.
+    """
+    algorithm = group.get("algorithm", defaults["algorithm"])
+    bound = group.get("max_update_rms")
+    if algorithm not in MATRIX_ALGORITHMS and bound not in (None, defaults["max_update_rms"]):
+        raise ValueError(
+            f"Invalid max_update_rms={bound} in group {index} with {algorithm=}: only updates of "
+            f"{' and '.join(MATRIX_ALGORITHMS)} are bounded. Leave it out of this group, or clip "
+            "its gradients." + see("bad-option")
+        )
+
+
 def _check_algorithm(algorithm: object, index: int) -> None:
     if algorithm in ALGORITHMS:
         return

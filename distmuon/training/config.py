@@ -207,6 +207,8 @@ class OptimizerConfig:
         usable = bound is None or in_float32(bound)
         _require(usable, "optimizer.max_update_rms", bound, f"null, or {IN_FLOAT32}")
         ours = self.name in OURS
+        only = f"null with optimizer.name={self.name}, whose updates nothing bounds"
+        _require(bound is None or ours, "optimizer.max_update_rms", bound, only)
         fits = ours or self.decay_rule == "decoupled"
         only = f"decoupled with optimizer.name={self.name}, which is not distmuon's"
         _require(fits, "optimizer.decay_rule", self.decay_rule, only)

@@ -155,6 +155,32 @@ def test_a_class_that_decays_by_itself_cannot_be_cautious() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("algorithm", ["adamw", "torch.optim.SGD(momentum=0.9)"])
+def test_a_bound_is_refused_where_it_would_do_nothing(algorithm: str) -> None:
+    def groups(**more: float) -> list[dict[str, Any]]:
+        return [
+            {"params": [("w", nn.Parameter(torch.zeros(4, 4)))], "algorithm": "muon"},
+            {"params": [("b", nn.Parameter(torch.zeros(4)))], "algorithm": algorithm, **more},
+        ]
+
+    builders = (Muon, ZeroOrtho) if algorithm == "adamw" else (Muon,)
+    for build in builders:
+        with pytest.raises(ValueError, match=r"max_update_rms=0\.2 in group 1 with algorithm="):
+            build(groups(max_update_rms=0.2))
+        with pytest.raises(ValueError, match=r"max_update_rms=0\.2 in group 1 with algorithm="):
+            build(groups(max_update_rms=0.2), max_update_rms=0.1)
+        # The constructor's is for the matrices, and None says that there is none.
+        optimizer = build(groups(), max_update_rms=0.2)
+        assert build(groups(max_update_rms=None), max_update_rms=0.2)  # type: ignore[arg-type]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # ZeroOrtho builds a Muon from its groups, as in DeepSpeed's stage 0
+        if build is Muon:
+            again = [{**group} for group in optimizer.param_groups]
+            assert Muon(again, max_update_rms=0.2)
+
+
 def test_a_class_without_weight_decay_takes_none() -> None:
     weight = nn.Parameter(torch.ones(4))
     groups = [

@@ -319,7 +319,7 @@ class ZeroOrtho(torch.optim.Optimizer):
                     + see("deepspeed")
                 )
             groups.append({**group, "params": named})
-        replica = Muon(groups)
+        replica = Muon(groups, max_update_rms=self.defaults["max_update_rms"])
         replica.param_groups = self._all_groups
         self.state = replica.state
         return replica

@@ -10,7 +10,7 @@ from torch import Tensor
 from distmuon.errors import see
 from distmuon.group_check import name_parameters, read_group, require_muon
 from distmuon.more_options import MoreOptions, complete
-from distmuon.options import ALGORITHMS
+from distmuon.options import ALGORITHMS, refuse_unused_bound
 
 MomentumKey = Literal["momentum_buffer", "exp_avg"]
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
@@ -102,6 +102,7 @@ def read_groups(
         filled = {**defaults, **group}
         refuse_companion(filled, index)
         checked, names = read_group(filled, index, defaults, names)
+        refuse_unused_bound(group, index, defaults)
         pairs = name_parameters(checked["params"], index)
         for name, parameter in pairs:
             refuse_zero3(name, parameter)

@@ -189,6 +189,8 @@ def test_values_that_are_wrong_together_say_what_would_fit() -> None:
     assert "lr / (1 - betas[0]) is 1e+39, and float32 ends at 3.4e+38" in said
     said = refusal(None, "optimizer.lr=0.5", "optimizer.weight_decay=3")
     assert "Invalid optimizer.weight_decay=3.0. Must be at most 1 / optimizer.lr, 2:" in said
+    said = refusal(None, "optimizer.max_update_rms=0.2", "optimizer.name=adamw")
+    assert "Must be null with optimizer.name=adamw" in said
     # Adam's decay goes through its moments, which no sign comes of.
     assert load_config(
         None, ["optimizer.lr=0.5", "optimizer.weight_decay=3", "optimizer.name=adam"]
