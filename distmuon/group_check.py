@@ -14,6 +14,7 @@ from distmuon.layout import read_spec
 from distmuon.more_options import MORE_DEFAULTS, OF_THE_RUN
 from distmuon.options import MATRIX_ALGORITHMS, read_options
 from distmuon.orthogonalize.coefficients import resolve
+from distmuon.parameters import canonical_name
 from distmuon.row_state import refuse_cut_rows
 from distmuon.structure import read_blocks
 
@@ -143,7 +144,7 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     for name, parameter in group["params"]:
         _check_parameter(name, parameter)
         if options.algorithm in MATRIX_ALGORITHMS:
-            _check_matrix(name, parameter, group)
+            check_matrix(name, parameter, group)
     if options.algorithm not in MATRIX_ALGORITHMS and options.blocks is not None:
         raise ValueError(
             f"Group {index} has blocks={tuple(options.blocks)} and algorithm="
@@ -222,16 +223,6 @@ def refuse_other_structure(here: Mapping[str, Any], saved: Mapping[str, Any], la
                 "Build the same groups; after loading, set the new value and call refresh()."
                 + see("state-mismatch")
             )
-
-
-def canonical_name(name: str) -> str:
-    """The FQN without what DistributedDataParallel and torch.compile put into it.
-
-    Args:
-        name: A parameter's name, from `named_parameters()` of a wrapped or a bare model.
-    """
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
 
 
 def require_muon(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -383,7 +374,8 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
-def _check_matrix(name: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
+def check_matrix(name: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    """Refuse a shape that the group cannot read as matrices, with ValueError."""
     if group["axes"] == "conv":
         if parameter.dim() < 3:
             raise ValueError(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from distmuon.dcp import StateHandle
 from distmuon.errors import see
-from distmuon.group_check import canonical_name
 from distmuon.optimizer import Muon
+from distmuon.parameters import canonical_name
 
 MomentumConvention = Literal["ema", "sum"]
 AdamWMatrices = Literal["refuse", "momentum"]

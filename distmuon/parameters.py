@@ -131,3 +131,13 @@ def _check(fqn: str, parameter: nn.Parameter) -> None:
             "the parameters apart (deepspeed.zero.Init), use ZeRO-1 instead."
             + see("deepspeed-zero3")
         )
+
+
+def canonical_name(name: str) -> str:
+    """The FQN without what DistributedDataParallel and torch.compile put into it.
+
+    Args:
+        name: A parameter's name, from `named_parameters()` of a wrapped or a bare model.
+    """
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)

@@ -13,10 +13,10 @@ from typing_extensions import override
 from distmuon.collectives import Communicator, Pending
 from distmuon.errors import see
 from distmuon.failure import Topic
-from distmuon.group_check import canonical_name
 from distmuon.kernels import elementwise
 from distmuon.kernels.device import on_device_of
 from distmuon.layout import Layout
+from distmuon.parameters import canonical_name
 from distmuon.rounding import Piece, make_key, round_
 
 

@@ -380,9 +380,21 @@ def run_refusals() -> dict[str, str]:
         del other.module.up.weight._dp_group  # as if ZeRO had never seen this parameter
         train(other, Case(1), range(1))
 
+    def by_hand(engine: Any, group: int, algorithm: str, step: int) -> str:
+        """What every rank says where one, or after the first step each, has changed a group."""
+        if dist.get_rank() == 1 or step > 0:
+            engine.basic_optimizer.param_groups[group]["algorithm"] = algorithm
+        return message_of(partial(train, engine, Case(1), [step]))
+
+    first, second = start(CASES["stage 1"]), start(CASES["stage 1"])
+    hands = {"by hand, vectors": by_hand(first, 2, "muon", 0)}
+    train(second, Case(1), range(1))
+    hands["by hand"] = by_hand(second, 0, "adamw", 1)
+    for other in (first, second):
+        other.destroy()
     engine = start(CASES["stage 1"])
     late = {"params": [torch.nn.Parameter(torch.ones(2, 2))], "algorithm": "muon"}
-    said = {
+    said = hands | {
         "stage 3": message_of(stage3),
         "name": message_of(lambda: ZeroMuon(gpt2_params())),
         "replaced": message_of(replaced),
@@ -406,6 +418,8 @@ WANTED = {
     "late group": "partitions the groups once",
     "bf16 stage 0": '"stage": 1',
     "outside": "never optimizer.step()",
+    "by hand, vectors": "Muon takes matrices",
+    "by hand": "is adamw now, and was muon when its partition was laid out",
 }
 
 

@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmuon.adapters.deepspeed.refusals import MomentumKey, refuse_zero3
+from distmuon.adapters.deepspeed.refusals import MomentumKey, refuse_companion, refuse_zero3
 from distmuon.buckets import STATE_NAMES, Bucket, BucketSpec
 from distmuon.collectives import Communicator
+from distmuon.description import outline
 from distmuon.errors import see
 from distmuon.exchange import Exchange
+from distmuon.group_check import check_matrix
 from distmuon.layout import Layout, read_spec
 from distmuon.options import Algorithm
 from distmuon.ownership import assign_fixed
@@ -43,11 +45,32 @@ class Partition:
         number: Of the group.
         bucket: The flat partition with its state, its layout, its owners and its exchange.
         communicator: The ranks that the group is partitioned over.
+        rule: What of the group the partition was opened for: its algorithm, and how it reads
+            matrices.
     """
 
     number: int
     bucket: Bucket[FlatRange]
     communicator: Communicator
+    rule: str
+
+    def refuse_other_rule(self, group: Mapping[str, Any]) -> None:
+        """Refuse a group that was changed by hand: state and owners are those of its old rule.
+
+        Args:
+            group: The `param_groups` entry as it is now.
+
+        Raises:
+            ValueError: if its algorithm, axes or blocks are others.
+        """
+        now = rule_of(group)
+        if now != self.rule:
+            raise ValueError(
+                f"Group {self.number} ({self.bucket.spec.names[0]}, ...) is {now} now, and was "
+                f"{self.rule} when its partition was laid out. Under DeepSpeed a group keeps its "
+                "rule: leave it, or build the optimizer and call deepspeed.initialize anew."
+                + see("changed-parameters")
+            )
 
     @property
     def grad(self) -> Tensor:
@@ -75,6 +98,11 @@ class Partition:
             "world_size": layout.world_size,
             "shard_numel": layout.shard_numel,
         }
+
+
+def rule_of(group: Mapping[str, Any]) -> str:
+    """What of a group its partition depends on, without the number of tensors."""
+    return outline(group).partition(" ")[2]
 
 
 def find_process_group(named: Named) -> dist.ProcessGroup:
@@ -170,8 +198,12 @@ def open_partition(
         The partition, without state.
 
     Raises:
-        ValueError: if parameters and partition do not fit together, saying how.
+        ValueError: if parameters and partition do not fit together, saying how, or if the group
+            was changed by hand to a rule that its parameters cannot have.
     """
+    refuse_companion(group, group["index"])
+    for name, parameter in named if group["algorithm"] == "muon" else ():
+        check_matrix(name, parameter, group)
     rank, algorithm, flat = communicator.rank, group["algorithm"], group["params"][0]
     layout, ordered = read_layout(named, flat, communicator.world_size, group)
     parameters = tuple(parameter for _, parameter in ordered)
@@ -181,10 +213,11 @@ def open_partition(
     whole = parameters[0].detach().as_strided((layout.numel,), (1,))
     plan, shard = spec.plan(rank, wave_numel), FlatRange(layout, rank, parameters, whole, flat, {})
     if plan is None:
-        return Partition(group["index"], Bucket(spec, shard, None, None, None), communicator)
+        bucket = Bucket(spec, shard, None, None, None)
+        return Partition(group["index"], bucket, communicator, rule_of(group))
     split = SplitExchange(plan, communicator, torch.float32)  # assign_fixed splits nothing
     bucket = Bucket(spec, shard, plan, Exchange(plan, communicator), split)
-    return Partition(group["index"], bucket, communicator)
+    return Partition(group["index"], bucket, communicator, rule_of(group))
 
 
 def compare_values(partition: Partition) -> None:

@@ -145,6 +145,7 @@ def _view(engine: Any) -> _View:
     groups: list[dict[str, Any]] = []
     names: dict[Tensor, str] = {}
     for group, partition in zip(optimizer.param_groups, partitions, strict=True):
+        partition.refuse_other_rule(group)
         spec = partition.bucket.spec
         options = {key: value for key, value in group.items() if key not in _HERE}
         groups.append({**options, "params": list(spec.parameters)})

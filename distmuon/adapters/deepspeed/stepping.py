@@ -48,6 +48,7 @@ def prepare(partition: Partition, group: Mapping[str, Any], state: Mapping[str, 
     options, grad, nonfinite, problem = None, None, None, None
     partition.communicator.step = int(state["step"]) + 1
     try:
+        partition.refuse_other_rule(group)
         options = read_options(group, partition.number)
         grad = partition.grad
         nonfinite = partition.bucket.shard.first_nonfinite(grad)
