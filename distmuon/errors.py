@@ -32,6 +32,7 @@ Entry = Literal[
     "graph-capture",
     "gradient-not-averaged",
     "launch",
+    "lightning",
     "logging",
     "metrics",
     "missing-gradient",

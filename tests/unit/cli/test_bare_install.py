@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 EXTRAS = (
-    "accelerate deepspeed matplotlib omegaconf peft PIL pytorch_optimizer rich safetensors "
-    "tensorboard transformers triton wandb yaml"
+    "accelerate deepspeed lightning matplotlib omegaconf peft PIL pytorch_optimizer rich "
+    "safetensors tensorboard transformers triton wandb yaml"
 ).split()
 # Read by every Python that has it on its path: these packages are not found, as if not installed.
 WITHOUT = """
