@@ -65,6 +65,16 @@ class Pending:
         self._works, self._keep = (), None
         return self._result
 
+    def settle(self) -> None:
+        """Let go of what was sent, if the message has arrived already; blocks for nothing.
+
+        Raises:
+            RankFailure: if it cannot arrive any more.
+        """
+        # The backend's handle holds on to it too, until it has been waited for.
+        if self._works and all(work is None or work.is_completed() for work in self._works):
+            self.wait()
+
 
 class Communicator(WatchedGroup):
     """A process group, or the lack of one, behind the few operations that distmuon needs.

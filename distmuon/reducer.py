@@ -53,6 +53,8 @@ class Reducer:
         flat = {m: (torch.zeros_like(p) if g is None else g).reshape(-1) for m, p, g in known}
         send = torch.cat([flat[m][s.tensor_start :][: s.numel] for m, s in plan.pieces])
         receive_counts = [plan.counts[self._communicator.rank]] * self._communicator.world_size
+        for _, flying in self._flying.values():
+            flying.settle()  # or the copies of all gradients would be there until the step
         topic = Topic("reduce", None, self._names(members))
         pending = self._communicator.exchange(send, plan.counts, receive_counts, topic=topic)
         replaced = self._flying.pop(members, None)  # a backward pass whose step was left out

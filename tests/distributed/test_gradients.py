@@ -1,6 +1,8 @@
 """Who averages the gradients: DDP, our DDP hook, or our own hooks. On real gloo ranks."""
 
+import time
 import warnings
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
@@ -548,3 +550,26 @@ def without_steps() -> int:
 
 def test_backward_passes_without_steps_do_not_pile_up() -> None:
     assert all(count <= 2 for count in run_ranks(2, without_steps))
+
+
+def copies_held_while_others_are_sent() -> int:
+    model, _, optimizer = make("owned", dist.group.WORLD)
+    source: Any = optimizer._engine.source if optimizer._engine else None
+    reducer = source._reducer
+    *others, last = model.weights.values()
+    sent = []
+    for parameter in others:
+        reducer.start([(parameter, torch.ones_like(parameter))])
+        _, pending = list(reducer._flying.values())[-1]
+        sent.append(weakref.ref(pending._keep))
+        deadline = time.monotonic() + 20
+        while not pending._works[0].is_completed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    reducer.start([(last, torch.ones_like(last))])
+    held = sum(copy() is not None for copy in sent)
+    reducer.drop()
+    return held
+
+
+def test_copies_of_gradients_do_not_pile_up_until_the_step() -> None:
+    assert run_ranks(2, copies_held_while_others_are_sent) == [0, 0]
