@@ -10,7 +10,7 @@ real, by the group's backend for the CPU.
 
 Stood in for is what a machine without a GPU lacks, and no more:
 
-- the driver: its capability (9.0, a Hopper), the current device, that no graph is being captured,
+- the driver: its capability (9.0, an H100), the current device, that no graph is being captured,
   and events, between which no time passes;
 - the guard that makes a device current, which builds of torch for CPUs have no entry for: the one
   of the meta device, which does nothing. torch itself puts one like it there in a build for CUDA
@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,9 @@ def _device_guard() -> Iterator[None]:
         table[_CUDA] = before
 
 
+_H100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+
+
 class _Event:
     """A torch.cuda.Event without a device."""
 
@@ -115,6 +119,7 @@ def _replace_driver(patch: pytest.MonkeyPatch, host: Host) -> None:
     patch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     patch.setattr(torch.cuda, "current_device", lambda: host.current)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    patch.setattr(torch.cuda, "get_device_properties", lambda device=None: _H100)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "current_stream", lambda device=None: torch.device(device))
     patch.setattr(torch.cuda, "Event", _Event)
