@@ -17,7 +17,9 @@ from distmuon.errors import see
 from distmuon.kernels import elementwise
 from distmuon.structure import Axes
 
-AdjustLrMode = Literal["match_rms_adamw", "update_rms", "max_dim", "original", "mup", "none"]
+AdjustLrMode = Literal[
+    "match_rms_adamw", "update_rms", "max_dim", "original", "mup", "spectral_unclamped", "none"
+]
 DecayRule = Literal["decoupled", "cautious"]
 AdjustLrFn = AdjustLrMode | Callable[[int, int], float]
 
@@ -27,6 +29,7 @@ _ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "max_dim": lambda rows, cols: 0.2 * max(rows, cols),
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "mup": lambda rows, cols: math.sqrt(rows / cols),
+    "spectral_unclamped": lambda rows, cols: math.sqrt(rows / cols),
     "none": lambda rows, cols: 1.0,
 }
 
@@ -48,6 +51,8 @@ def adjust_lr_factor(adjust_lr_fn: AdjustLrFn, rows: int, cols: int) -> float:
     | `"original"`        | `sqrt(max(1, A/B))`   | `sqrt(max(1, A/B) / max(A, B))` |
     | `"mup"`             | `sqrt(A/B)`           | `sqrt(A/B / max(A, B))`         |
     | `"none"`            | 1                     | `1 / sqrt(max(A, B))`           |
+
+    `"spectral_unclamped"` is torch.optim.Muon's name, in torch 2.15, for `"mup"`.
 
     0.2 is AdamW's usual update RMS, so `match_rms_adamw` keeps AdamW's lr. `max_dim` makes the
     same step at an lr smaller by `sqrt(max(A, B))`, a different one for each shape.

@@ -40,7 +40,7 @@ _TORCH_KEYS = {
     "adamw": ("lr", "weight_decay", "betas", "eps"),
 }
 _TORCH_STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
-_TORCH_SCALINGS = ("original", "match_rms_adamw")
+_TORCH_SCALINGS = ("original", "match_rms_adamw", "spectral_unclamped")
 
 
 def verify(path: str | Path) -> Manifest:

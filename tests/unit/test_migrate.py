@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from typing_extensions import override
 
 from distmuon import Muon, orthogonalize
 from distmuon.migrate import export_state_dict, import_state_dict, with_names
+from tests.unit.torch_muon import without_its_cast
 
 MATRICES = ("first.weight", "second.weight")
 KELLER = (3.4445, -4.775, 2.0315)
@@ -109,8 +110,7 @@ def assert_close(found: Model, expected: Model, start: Model, *, tolerance: floa
 
 @pytest.fixture(autouse=True)
 def _newton_schulz_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch.optim.Muon orthogonalizes in bf16, and rounding would hide what is looked for.
-    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
+    without_its_cast(monkeypatch)
 
 
 Build = Callable[[Model], Optimizers]

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from distmuon import Muon
 from distmuon.exchange import Exchange
+from tests.unit.torch_muon import without_its_cast
 
 SHAPES = ((16, 24), (24, 16), (12, 12))
 
@@ -21,6 +22,14 @@ def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes]
 
 
+# Newer versions have more of them.
+TORCHS_MODES = [
+    mode
+    for mode in ("match_rms_adamw", "original", "spectral_unclamped")
+    if mode in str(torch.optim.Muon.__doc__)
+]
+
+
 def give_gradients(params: list[nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in params:
@@ -28,12 +37,11 @@ def give_gradients(params: list[nn.Parameter], seed: int) -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("mode", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("mode", TORCHS_MODES)
 def test_five_steps_match_torch_muon_in_fp32(
     nesterov: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch always casts to bfloat16 for Newton-Schulz; only the cast is taken out.
-    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
+    without_its_cast(monkeypatch)
     ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
     arguments: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.1, "nesterov": nesterov}
     mine = Muon(ours, ns_coefficients="keller", adjust_lr_fn=mode, **arguments)
@@ -496,7 +504,7 @@ def test_state_dict_survives_a_round_trip_before_the_first_step() -> None:
 
 @pytest.mark.parametrize("mode", [None, "match_rms_adamw"])
 def test_a_torch_muon_state_dict_continues_here(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
+    without_its_cast(monkeypatch)
     theirs, ours = parameters(*SHAPES), parameters(*SHAPES)
     reference = torch.optim.Muon(theirs, lr=1e-2, adjust_lr_fn=mode)
     mine = Muon(ours, lr=0.5)

@@ -19,6 +19,7 @@ from distmuon.layout import TensorSpec
 from distmuon.ownership import assign
 from distmuon.update_rules import adjust_lr_factor
 from tests.unit.orthogonalize.spectra import orthonormal
+from tests.unit.torch_muon import without_its_cast
 
 KELLER = (3.4445, -4.7750, 2.0315)
 SHAPES = ((32, 96), (96, 32), (64, 64))
@@ -189,8 +190,7 @@ def test_oracle_8_an_average_and_a_sum_of_gradients_train_alike(nesterov: bool) 
 
 
 def test_oracle_9_torchs_muon_without_its_cast(monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch always casts to bfloat16 for Newton-Schulz; only the cast is taken out.
-    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
+    without_its_cast(monkeypatch)
     assert worst(train(ours), train(torchs)) < 5e-5
 
 

@@ -18,6 +18,7 @@ from distmuon.update_rules import adamw_, adjust_lr_factor, apply_, momentum_
         ("original", 1024, 256, 2.0),
         ("original", 256, 1024, 1.0),
         ("mup", 1024, 256, 2.0),
+        ("spectral_unclamped", 1024, 256, 2.0),
         ("mup", 256, 1024, 0.5),
         ("none", 1024, 256, 1.0),
         (lambda rows, cols: rows / cols, 6, 3, 2.0),
