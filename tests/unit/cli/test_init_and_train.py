@@ -149,7 +149,8 @@ def test_train_tells_programs_what_went_wrong(
     assert "unknown key 'optimizer.rl'" in error
     assert error in words
 
-    arguments = [*SMALL, f"run.dir={tmp_path}", "train.log_every=1", "optimizer.lr=1e30"]
+    arguments = [*SMALL, f"run.dir={tmp_path}", "train.log_every=1"]
+    arguments += ["optimizer.lr=1e30", "optimizer.weight_decay=0"]
     with pytest.raises(NonFiniteError):
         main(["train", "--json", *arguments])
     *_, last = capsys.readouterr().out.splitlines()
