@@ -14,6 +14,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    active = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return active and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture(name: str) -> None:
     """Refuse to become part of a CUDA graph.
 
@@ -23,13 +29,12 @@ def refuse_capture(name: str) -> None:
     Raises:
         RuntimeError: while a CUDA graph is captured.
     """
-    active = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if active and torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         raise RuntimeError(
             f"{name}() was called while a CUDA graph is captured. Every replay would repeat this "
             "one step, with its learning rate and its bias correction. Capture the forward and "
-            "backward pass alone, and call it after each replay. Nothing was changed."
-            + see("graph-capture")
+            'backward pass alone, with reduce="ddp", and call it after each replay. Nothing was '
+            "changed." + see("graph-capture")
         )
 
 

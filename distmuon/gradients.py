@@ -149,7 +149,8 @@ class HookGradients(_ReducedGradients):
     def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
         """Prepare for `attach`."""
         super().__init__(buckets, communicator)
-        self._unsent: set[Tensor] = set()
+        self._sent: set[Tensor] = set()
+        self._unsent: set[Tensor] = set()  # accumulated since, or never sent
 
     @override
     def attach(self, model: nn.Module) -> None:
@@ -185,7 +186,9 @@ class HookGradients(_ReducedGradients):
             pairs: Parameters and their gradients on this rank.
         """
         self._reducer.start(pairs)
-        self._unsent.difference_update(parameter for parameter, _ in pairs)
+        parameters = [parameter for parameter, _ in pairs]
+        self._sent.update(parameters)
+        self._unsent.difference_update(parameters)
 
     @override
     def read(self) -> list[Tensor]:
@@ -196,17 +199,20 @@ class HookGradients(_ReducedGradients):
         """
         for bucket in self._buckets:
             for name, parameter in zip(bucket.spec.names, bucket.spec.parameters, strict=True):
-                if parameter in self._unsent and parameter.grad is not None:
+                averaged = parameter in self._sent and parameter not in self._unsent
+                if parameter.grad is not None and not averaged:
                     raise RuntimeError(
                         f"The gradient of {name} was not reduced over the ranks: the last backward "
-                        "pass ran under no_sync(), or went through the bare module instead of the "
-                        "one given to attach()." + see("gradient-not-averaged")
+                        "pass ran under no_sync(), went through the bare module instead of the one "
+                        "given to attach(), or came before the last step."
+                        + see("gradient-not-averaged")
                     )
         return super().read()
 
     @override
     def clear(self) -> None:
         """Drop the received averages."""
+        self._sent.clear()
         self._unsent.clear()
         super().clear()
 

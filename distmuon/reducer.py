@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from distmuon.buckets import Bucket
+from distmuon.capture import is_capturing
 from distmuon.collectives import Communicator, Pending
+from distmuon.errors import see
 from distmuon.failure import Topic
 from distmuon.reduction import Member, ReductionPlan, plan_reduction
 
@@ -40,7 +42,16 @@ class Reducer:
         Args:
             pairs: Parameters and their whole gradients on this rank; None counts as zeros. Every
                 rank gives the same parameters in the same order.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured.
         """
+        if is_capturing():
+            raise RuntimeError(
+                "Gradients were to be sent while a CUDA graph is captured. Replays call no hooks, "
+                'so that nothing would be received. Use reduce="ddp" to capture a backward pass.'
+                + see("graph-capture")
+            )
         known = [(self._members[p], p, grad) for p, grad in pairs if p in self._members]
         if not known:
             return

@@ -573,3 +573,29 @@ def copies_held_while_others_are_sent() -> int:
 
 def test_copies_of_gradients_do_not_pile_up_until_the_step() -> None:
     assert run_ranks(2, copies_held_while_others_are_sent) == [0, 0]
+
+
+def step_again() -> None:
+    _, wrapped, optimizer = make("hook", dist.group.WORLD)
+    wrapped(gradients(0, dist.get_rank(), dist.get_world_size())).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"was not reduced .* came before the last step"):
+        optimizer.step()
+
+
+def test_i4_hook_does_not_take_a_gradient_that_was_not_sent_for_zeros() -> None:
+    run_ranks(2, step_again)
+
+
+def send_in_a_graph(reduce: Reduce) -> None:
+    _, wrapped, _ = make(reduce, dist.group.WORLD)
+    # What a GPU would say during a capture.
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.is_current_stream_capturing = lambda: True
+    with pytest.raises(RuntimeError, match=r"Gradients were to be sent .*graph-capture"):
+        wrapped(gradients(0, dist.get_rank(), dist.get_world_size())).backward()
+
+
+@pytest.mark.parametrize("reduce", ["hook", "owned"])
+def test_gradients_are_not_sent_in_a_captured_graph(reduce: Reduce) -> None:
+    run_ranks(2, send_in_a_graph, reduce)
