@@ -1,6 +1,10 @@
 """The elementwise update rules as Triton kernels. Imports Triton: see `kernels.elementwise`.
 
 Each reads and writes every element once, in the operation order of `distmuon.update_rules`.
+
+A mask that may end anywhere makes the compiler access elements one by one, with three times the
+registers. So each kernel goes by groups of 16, its first program also takes what is left after the
+last of them, and one compiled kernel serves every count.
 """
 
 from __future__ import annotations
@@ -14,6 +18,46 @@ BLOCK = 2048
 
 
 @triton.jit
+def _block(count, BLOCK: tl.constexpr):
+    """Where this program's elements are, and which of them are in whole groups."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return at, at < count // 16 * 16
+
+
+@triton.jit
+def _rest(count):
+    """Where the elements after the last whole group are, and which of 16 there are."""
+    at = (count // 16 * 16).to(tl.int64) + tl.arange(0, 16)
+    return at, at < count
+
+
+@triton.jit
+def _momentum(
+    grad_ptr,
+    buffer_ptr,
+    bits_ptr,
+    at,
+    inside,
+    momentum,
+    rest,
+    NESTEROV: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    grad = tl.load(grad_ptr + at, mask=inside)
+    buffer = tl.load(buffer_ptr + at, mask=inside)
+    buffer += rest * (grad - buffer)
+    tl.store(buffer_ptr + at, buffer, mask=inside)
+    if NESTEROV:
+        # From the nearer end, as torch.lerp does.
+        ahead = tl.where(momentum < 0.5, grad + momentum * (buffer - grad), buffer)
+        buffer = tl.where(momentum < 0.5, ahead, buffer - rest * (buffer - grad))
+    tl.store(grad_ptr + at, buffer, mask=inside)
+    if LARGEST:
+        size = tl.where(inside, tl.abs(buffer), 0.0).to(tl.int32, bitcast=True)
+        tl.atomic_max(bits_ptr, tl.max(size, axis=0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["count"])
 def _momentum_kernel(
     grad_ptr,
     buffer_ptr,
@@ -31,33 +75,59 @@ def _momentum_kernel(
     are not negative have the floats' order, NaNs above infinity, and a maximum of integers does
     not depend on the order in which the programs come.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    grad = tl.load(grad_ptr + at, mask=inside)
-    buffer = tl.load(buffer_ptr + at, mask=inside)
-    buffer += rest * (grad - buffer)
-    tl.store(buffer_ptr + at, buffer, mask=inside)
-    if NESTEROV:
-        # From the nearer end, as torch.lerp does.
-        ahead = tl.where(momentum < 0.5, grad + momentum * (buffer - grad), buffer)
-        buffer = tl.where(momentum < 0.5, ahead, buffer - rest * (buffer - grad))
-    tl.store(grad_ptr + at, buffer, mask=inside)
-    if LARGEST:
-        size = tl.where(inside, tl.abs(buffer), 0.0).to(tl.int32, bitcast=True)
-        tl.atomic_max(bits_ptr, tl.max(size, axis=0), sem="relaxed")
+    at, inside = _block(count, BLOCK)
+    _momentum(grad_ptr, buffer_ptr, bits_ptr, at, inside, momentum, rest, NESTEROV, LARGEST)
+    if tl.program_id(0) == 0:
+        last, left = _rest(count)
+        _momentum(grad_ptr, buffer_ptr, bits_ptr, last, left, momentum, rest, NESTEROV, LARGEST)
 
 
 @triton.jit
-def _apply_kernel(param_ptr, update_ptr, count, keep, lr, BLOCK: tl.constexpr):
-    """Decay and step for BLOCK elements."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+def _apply(param_ptr, update_ptr, at, inside, keep, lr):
     param = tl.load(param_ptr + at, mask=inside)
     update = tl.load(update_ptr + at, mask=inside)
     tl.store(param_ptr + at, param * keep - lr * update, mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _apply_kernel(param_ptr, update_ptr, count, keep, lr, BLOCK: tl.constexpr):
+    """Decay and step for BLOCK elements."""
+    at, inside = _block(count, BLOCK)
+    _apply(param_ptr, update_ptr, at, inside, keep, lr)
+    if tl.program_id(0) == 0:
+        last, left = _rest(count)
+        _apply(param_ptr, update_ptr, last, left, keep, lr)
+
+
 @triton.jit
+def _adamw(
+    param_ptr,
+    grad_ptr,
+    first_ptr,
+    second_ptr,
+    at,
+    inside,
+    keep,
+    rest1,
+    beta2,
+    rest2,
+    root,
+    eps,
+    rate,
+):
+    grad = tl.load(grad_ptr + at, mask=inside)
+    first = tl.load(first_ptr + at, mask=inside)
+    second = tl.load(second_ptr + at, mask=inside, other=1.0)
+    first += rest1 * (grad - first)
+    second = second * beta2 + rest2 * grad * grad
+    tl.store(first_ptr + at, first, mask=inside)
+    tl.store(second_ptr + at, second, mask=inside)
+    denominator = tl.sqrt(second) / root + eps
+    param = tl.load(param_ptr + at, mask=inside) * keep
+    tl.store(param_ptr + at, param - rate * first / denominator, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
 def _adamw_kernel(
     param_ptr,
     grad_ptr,
@@ -74,25 +144,21 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """One AdamW step for BLOCK elements."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    grad = tl.load(grad_ptr + at, mask=inside)
-    first = tl.load(first_ptr + at, mask=inside)
-    second = tl.load(second_ptr + at, mask=inside, other=1.0)
-    first += rest1 * (grad - first)
-    second = second * beta2 + rest2 * grad * grad
-    tl.store(first_ptr + at, first, mask=inside)
-    tl.store(second_ptr + at, second, mask=inside)
-    denominator = tl.sqrt(second) / root + eps
-    param = tl.load(param_ptr + at, mask=inside) * keep
-    tl.store(param_ptr + at, param - rate * first / denominator, mask=inside)
+    at, inside = _block(count, BLOCK)
+    _adamw(
+        param_ptr, grad_ptr, first_ptr, second_ptr, at, inside,
+        keep, rest1, beta2, rest2, root, eps, rate,
+    )  # fmt: skip
+    if tl.program_id(0) == 0:
+        last, left = _rest(count)
+        _adamw(
+            param_ptr, grad_ptr, first_ptr, second_ptr, last, left,
+            keep, rest1, beta2, rest2, root, eps, rate,
+        )  # fmt: skip
 
 
 @triton.jit
-def _adopt_kernel(master_ptr, narrow_ptr, count, BLOCK: tl.constexpr):
-    """Where BLOCK bfloat16 numbers are not the rounded ones of their float32 master, take them."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+def _adopt(master_ptr, narrow_ptr, at, inside):
     bits = tl.load(master_ptr + at, mask=inside, other=0)
     narrow = tl.load(narrow_ptr + at, mask=inside, other=0).to(tl.int32)
     # To the nearest, of two as near to the even one.
@@ -101,21 +167,27 @@ def _adopt_kernel(master_ptr, narrow_ptr, count, BLOCK: tl.constexpr):
     tl.store(master_ptr + at, narrow << 16, mask=inside & written)
 
 
-# Specialized for the values of the keys it would be compiled again and again.
-@triton.jit(do_not_specialize=["first", "second"])
-def _round_kernel(
+@triton.jit(do_not_specialize=["count"])
+def _adopt_kernel(master_ptr, narrow_ptr, count, BLOCK: tl.constexpr):
+    """Where BLOCK bfloat16 numbers are not the rounded ones of their float32 master, take them."""
+    at, inside = _block(count, BLOCK)
+    _adopt(master_ptr, narrow_ptr, at, inside)
+    if tl.program_id(0) == 0:
+        last, left = _rest(count)
+        _adopt(master_ptr, narrow_ptr, last, left)
+
+
+@triton.jit
+def _round(
     out_ptr,
     value_ptr,
-    count,
+    at,
+    inside,
     first,
     second,
     FIRST_FACTOR: tl.constexpr,
     SECOND_FACTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Round BLOCK numbers to bfloat16 at random, as `distmuon.rounding` describes."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
     bits = tl.load(value_ptr + at, mask=inside, other=0)
     # Integers wrap around; their shifts repeat the sign, which the masks take away.
     draw = at.to(tl.int32) + first
@@ -127,6 +199,26 @@ def _round_kernel(
     rounded = tl.where(infinite, bits >> 16, rounded)
     rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
     tl.store(out_ptr + at, rounded.to(tl.int16), mask=inside)
+
+
+# Specialized for the values of the keys, too, it would be compiled again and again.
+@triton.jit(do_not_specialize=["count", "first", "second"])
+def _round_kernel(
+    out_ptr,
+    value_ptr,
+    count,
+    first,
+    second,
+    FIRST_FACTOR: tl.constexpr,
+    SECOND_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round BLOCK numbers to bfloat16 at random, as `distmuon.rounding` describes."""
+    at, inside = _block(count, BLOCK)
+    _round(out_ptr, value_ptr, at, inside, first, second, FIRST_FACTOR, SECOND_FACTOR)
+    if tl.program_id(0) == 0:
+        last, left = _rest(count)
+        _round(out_ptr, value_ptr, last, left, first, second, FIRST_FACTOR, SECOND_FACTOR)
 
 
 def launch_round(
