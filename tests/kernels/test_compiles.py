@@ -78,14 +78,21 @@ class Machine(NamedTuple):
     code: str
 
 
-# The symmetric products of the pipeline: X X^T with its norm, the same scaled or not, and those of
-# two m x m matrices with an addend, scaled or not.
-GRAM = {"HAS_C": False, "HAS_ALPHA": False, "HAS_BETA": False, "HAS_SQUARE": True, "b_row": 1}
-LONG = {**GRAM, "HAS_SQUARE": False}
-LONG_SCALED = {**LONG, "HAS_ALPHA": True}
-ADDED = {"HAS_C": True, "HAS_ALPHA": False, "HAS_BETA": False, "HAS_SQUARE": False, "b_col": 1}
-ADDED_SCALED = {**ADDED, "HAS_ALPHA": True, "HAS_BETA": True}
-PRODUCTS = (GRAM, LONG, LONG_SCALED, ADDED, ADDED_SCALED)
+# The symmetric products of the pipeline: X X^T with its norm, and scaled or not, of X as it lies in
+# memory or turned; and those of two m x m matrices with an addend, scaled or not.
+PLAIN = {"HAS_C": False, "HAS_ALPHA": False, "HAS_BETA": False, "HAS_SQUARE": False}
+LONG, TALL = {"a_col": 1, "b_row": 1}, {"a_row": 1, "b_col": 1}
+SQUARE = {"a_col": 1, "b_col": 1, "HAS_C": True}
+GRAM = {**PLAIN, **LONG, "HAS_SQUARE": True}
+PRODUCTS: tuple[dict[str, bool | int], ...] = (
+    GRAM,
+    {**PLAIN, **LONG},
+    {**PLAIN, **LONG, "HAS_ALPHA": True},
+    {**PLAIN, **TALL, "HAS_SQUARE": True},
+    {**PLAIN, **TALL, "HAS_ALPHA": True},
+    {**PLAIN, **SQUARE},
+    {**PLAIN, **SQUARE, "HAS_ALPHA": True, "HAS_BETA": True},
+)
 
 
 def compile_symmetric(
@@ -97,7 +104,7 @@ def compile_symmetric(
     constants: dict[str, object] = {
         "MASK_M": masked, "MASK_K": masked, "WIDEN": False,
         "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth,
-        "a_col": 1, "c_col": 1, **switches,
+        "c_col": 1, **switches,
     }  # fmt: skip
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
     compiled = compile_kernel(
@@ -129,7 +136,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_runs_well(machine: Machine, tile: Tile, capability: int) -> None:
     # Ampere's matrix instructions take their operands from registers, too: a few more are needed.
-    assert machine.spilled <= (0 if capability == HOPPER else 40)
+    assert machine.spilled <= (0 if capability == HOPPER else 48)
     assert machine.registers <= tile.registers
     # Stores of single elements would take longer than the sums of a tile across the diagonal.
     assert "STG.E.128" in machine.code
@@ -182,10 +189,8 @@ def test_the_update_rules_compile_to_wide_loads_whatever_the_count(kernel: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [(HOPPER, "fp16"), (HOPPER, "bf16"), (AMPERE, "fp16")]
-)
+@pytest.mark.parametrize(("dtype", "masked"), [("fp16", False), ("bf16", True)])
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
 @pytest.mark.parametrize("tile", TILES)
 def test_every_product_with_every_tile(
     tile: Tile, capability: int, dtype: str, masked: bool
