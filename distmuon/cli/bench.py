@@ -130,6 +130,7 @@ def _run(options: argparse.Namespace) -> int:
     team = team_of(options, default=_RANKS)
     if options.save_cost_model is not None and (team.size == 1 or "rates" not in options.only):
         raise CommandError("--save-cost-model needs 2 ranks or more, and the part `rates`.")
+    _check_place(options.save_cost_model)  # before it takes minutes
     track = Track(options.dim, options.blocks, warmup=options.warmup, repeats=options.repeats)
     wish = _Wish(options.only, track, options.variants, options.shapes)
     try:
@@ -144,6 +145,12 @@ def _run(options: argparse.Namespace) -> int:
             write_file(options.save_cost_model, json.dumps(content, indent=1) + "\n")
         (_tell_json if options.json else _tell)(facts, found)
     return DONE
+
+
+def _check_place(file: Path | None) -> None:
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        what = "is a folder" if file.is_dir() else f"cannot be: {file.parent} is no folder"
+        raise CommandError(f"--save-cost-model {file} {what}. Name a file.")
 
 
 def _measure(device: torch.device, wish: _Wish) -> _Found:

@@ -19,12 +19,16 @@ from typing_extensions import override
 from distmuon.cli import bench, ckpt, doctor, estimate, init, plan, plot, train, verify
 from distmuon.cli.interrupts import INTERRUPTED, leaving_at_once
 from distmuon.cli.output import (
+    BROKEN,
+    DONE,
     EXIT_CODES,
     USAGE,
     CommandError,
     print_error,
     print_json,
 )
+from distmuon.errors import see, with_entry
+from distmuon.training.streams import give_up_output, is_of_output, somewhere_to_print
 from distmuon.version import __version__
 
 COMMANDS = (init, train, plan, estimate, verify, bench, plot, doctor, ckpt)
@@ -62,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with somewhere_to_print():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _Parser(
         prog="distmuon",
         description=DESCRIPTION,
@@ -87,19 +96,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "needs_torch", True):
             with leaving_at_once(name):
                 importlib.import_module("torch")
-        try:
-            code: int = options.run(options)
-        except CommandError as error:
-            if error.code != USAGE or not _is_told_elsewhere():
-                print_error(options.command, str(error), options)
-            code = error.code
+        code = _run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # `distmuon ... | head`
-        sys.stderr.close()
-        return 0
+    except OSError as error:
+        if not is_of_output(error):
+            raise
+        give_up_output()
+        if isinstance(error, BrokenPipeError):  # `distmuon ... | head`
+            return DONE
+        print(f"{name}: standard output: {error.strerror}." + see("command"), file=sys.stderr)
+        return BROKEN
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        code: int = options.run(options)
+    except CommandError as error:
+        if error.code != USAGE or not _is_told_elsewhere():
+            print_error(options.command, str(error), options)
+        code = error.code
+    except OSError as error:
+        # A name that no file may have, a folder that may not be looked into. A training's own
+        # traceback is for torchrun.
+        if error.filename is None or options.command == "train":
+            raise
+        message = with_entry(f"{error.filename}: {error.strerror}.", "command")
+        print_error(options.command, message, options)
+        code = USAGE
     return code
 
 

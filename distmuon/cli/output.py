@@ -30,6 +30,9 @@ EXIT_CODES = (
     "exit codes: 0 done, 1 what was looked at is wrong, 2 the command was used wrongly, 130 Ctrl-C"
 )
 
+# Seconds that a command may be given.
+LONGEST_S = 1e9
+
 Align = Literal["left", "right"]
 
 
@@ -108,7 +111,7 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """For argparse: a time that is more than none.
+    """For argparse: a time that is more than none and fits into a timer.
 
     Args:
         text: What the user wrote.
@@ -120,8 +123,11 @@ def seconds(text: str) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    # Clocks and timers count in 64 bits, or 32: thirty years are enough.
+    if not 0.0 < number <= LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no number of seconds above 0 and at most {LONGEST_S:g}"
+        )
     return number
 
 

@@ -13,9 +13,12 @@ from typing import NoReturn
 
 from typing_extensions import override
 
+from distmuon.errors import see
 from distmuon.training.config import ConfigError, Launch
+from distmuon.training.streams import give_up_output, is_of_output, somewhere_to_print
 
 EXTRAS = ("omegaconf", "yaml", "safetensors", "matplotlib")
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 # How long a failed rank that has nothing to say waits for the one that has.
@@ -56,8 +59,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "launch/train.py
         mistake of the user's (printed once per machine), or 130 after an interrupt outside of
         training. Other failures raise, with a traceback, so that torchrun can record them.
     """
+    with somewhere_to_print():
+        return _main(sys.argv[1:] if arguments is None else arguments, program)
+
+
+def _main(given: Sequence[str], program: str) -> int:
     launch = Launch()
-    given = sys.argv[1:] if arguments is None else arguments
     answers = "--json" in given
     try:
         launch = Launch.from_environment()
@@ -76,9 +83,26 @@ def main(arguments: Sequence[str] | None = None, program: str = "launch/train.py
             print("\nInterrupted. What was saved is kept.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if launch.rank == 0 and is_of_output(error):
+            give_up_output()
+            print(
+                f"error: standard output cannot be written ({error}), so the run has ended before "
+                "its time. What was saved is kept. Send it to a file: > run.log" + see("command"),
+                file=sys.stderr,
+            )
+            return FAILED
         if answers and launch.rank == 0:
             _answer_failure(f"{type(error).__name__}: {error}")
         raise
+
+
+def _print_help(head: str) -> None:
+    from distmuon.training.config_file import keys_help
+
+    try:
+        print(f"{head}\n{keys_help()}", flush=True)
+    except BrokenPipeError:  # `launch/train.py --help | head`
+        give_up_output()
 
 
 def _answer_failure(message: str) -> None:
@@ -96,7 +120,7 @@ def _run(arguments: Sequence[str], launch: Launch, program: str) -> int:
             entry="missing-package",
         )
     # Only now: these import the packages that were just looked for.
-    from distmuon.training.config_file import keys_help, load_config
+    from distmuon.training.config_file import load_config
 
     script = program.endswith(".py")
     parser = _Parser(
@@ -119,9 +143,7 @@ def _run(arguments: Sequence[str], launch: Launch, program: str) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.help:
         if launch.local_rank == 0:
-            print(
-                f"{parser.format_help()}\nConfiguration keys and their defaults:\n\n{keys_help()}"
-            )
+            _print_help(f"{parser.format_help()}\nConfiguration keys and their defaults:\n")
         return 0
     config = load_config(options.config, options.overrides)
 

@@ -8,10 +8,12 @@ sys.stdout reaches all of them, so the descriptor itself is turned.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import TextIO
 
 
@@ -39,3 +41,31 @@ def objects_alone() -> Iterator[TextIO]:
         finally:
             out.flush()
             os.dup2(kept.fileno(), number)
+
+
+@contextmanager
+def somewhere_to_print() -> Iterator[None]:
+    """Let a process print into nothing whose standard output or error was closed (`>&-`)."""
+    with ExitStack() as stack:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is None:  # typeshed does not say so, Python does
+                stack.enter_context(redirect(stack.enter_context(Path(os.devnull).open("w"))))
+        yield
+
+
+def is_of_output(error: BaseException) -> bool:
+    """Whether standard output can take no more: nobody reads the pipe, or the disk is full.
+
+    Args:
+        error: Any; one about a file of ours has its name.
+    """
+    lost = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
+    return lost and getattr(error, "filename", None) is None
+
+
+def give_up_output() -> None:
+    """Lead standard output nowhere: what is still to be written at exit cannot fail again."""
+    with suppress(OSError):  # caught in memory by whoever called us
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
