@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         print_json({"model": options.model, "ranks": options.world_size, "bytes": answer})
         return DONE
     print(f"{options.model} on {options.world_size:,} ranks, the one that has most\n")
-    print_table(_table(found))
+    print_table(_table(found, options.companion))
     return DONE
 
 
@@ -104,13 +104,16 @@ def _estimate(options: argparse.Namespace) -> dict[Kind, Memory]:
             raise CommandError(str(error)) from error
 
 
-def _table(found: dict[Kind, Memory]) -> Table:
+def _table(found: dict[Kind, Memory], companion: str | None) -> Table:
     def row(text: str, key: str) -> tuple[str, ...]:
         counts = (int(getattr(memory, key)) for memory in found.values())
         return (text, *(format_bytes(count) if count else "-" for count in counts))
 
     rows = [
-        *(row(text, key) for key, text in _HELD),
+        *(row(text, key) for key, text in _HELD if key != "moments"),
+        row(
+            dict(_HELD)["moments"] + (f", or state of {companion}" if companion else ""), "moments"
+        ),
         row("held between steps", "held"),
         *(row(text, key) for key, text in _DURING),
         row("most during a step", "most"),

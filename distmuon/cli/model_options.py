@@ -68,6 +68,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="send parameters to muon or adamw, as overrides= of build_param_groups; repeatable",
     )
     parser.add_argument(
+        "--companion",
+        metavar="CLASS",
+        help="an optimizer class in AdamW's place, such as torch.optim.Adafactor (default: adamw)",
+    )
+    parser.add_argument(
         "--blocks",
         action="append",
         default=[],
@@ -122,6 +127,8 @@ def read_source(options: argparse.Namespace) -> Source:
         recipe = getattr(recipes, options.recipe)()
         groups, chosen = groups | recipe.groups, chosen | recipe.optimizer
     groups |= {"overrides": _read_overrides(options.override), "blocks": _read_cuts(options.blocks)}
+    if options.companion is not None:
+        groups["companion"] = options.companion
     chosen |= {
         "layout": options.layout,
         "max_split": options.max_split,

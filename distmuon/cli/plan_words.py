@@ -86,7 +86,7 @@ def facts(forecast: Forecast, rates: str) -> list[tuple[str, str]]:
         ("parameters", _totals(forecast.rows)),
         ("layout", "\n".join(buffer.layout for buffer in forecast.buffers if buffer.layout)),
         ("work", work),
-        ("state", _state(forecast.buffers)),
+        ("state", _state(forecast)),
         ("step", "\n".join(_times(forecast))),
         (
             "rates",
@@ -156,15 +156,17 @@ def _split(name: str) -> list[str]:
 
 
 def _owners(row: Row, world_size: int) -> str:
-    if not row.owners:
+    if not (row.owners or row.holders):
         return _EVERY_RANK if row.algorithm != "frozen" else "-"
-    ranks = sorted(set(row.owners))
+    ranks = sorted(set(row.owners or row.holders))
     if len(ranks) == world_size > _OWNERS_NAMED:
         text = f"all {world_size:,} ranks"
     elif len(ranks) > _OWNERS_NAMED:
         text = f"{len(ranks):,} of {world_size:,} ranks"
     else:
         text = f"rank{'s' if len(ranks) > 1 else ''} {write_ranges(ranks)}"
+    if row.holders:
+        return f"whole at {text}"
     return text + (f", {row.shared:,} shared" if row.shared else "")
 
 
@@ -176,18 +178,30 @@ def _totals(rows: Sequence[Row]) -> str:
     matrices = sum(len(row.owners) for row in rows)
     ours = numel("muon") + numel("normuon")
     name = "NorMuon" if numel("normuon") else "Muon"
+    classes = sorted({row.algorithm for row in rows} - {"muon", "normuon", "adamw", "frozen"})
+    beside = [each for each in ("adamw", *classes) if numel(each) or not classes]
     text = (
         f"{sum(row.numel for row in rows):,} in {dtypes}: {ours:,} by {name} in "
-        f"{matrices:,} matrices, {numel('adamw'):,} by AdamW"
+        f"{matrices:,} matrices"
     )
+    text += "".join(f", {numel(each):,} by {_NAMES.get(each, each)}" for each in beside)
     frozen = numel("frozen")
     return text + (f", {frozen:,} frozen" if frozen else "")
 
 
-def _state(buffers: Sequence[Buffer]) -> str:
+def _state(forecast: Forecast) -> str:
+    buffers = forecast.buffers
     parts = (f"{format_bytes(b.state_bytes)} {_kinds(b)}" for b in buffers)
     whole = format_bytes(sum(buffer.state_bytes for buffer in buffers))
-    return f"{whole} on every rank: {', '.join(parts)}"
+    lines = [f"{whole} on every rank: {', '.join(parts)}"]
+    for buffer in buffers:
+        if buffer.cut == "whole":
+            ratio = buffer.shard_numel * forecast.world_size / buffer.numel
+            lines.append(
+                f"  {buffer.algorithm} keeps tensors whole, {ratio:.2f} times the mean on the "
+                "fullest rank"
+            )
+    return "\n".join(lines)
 
 
 def _kinds(buffer: Buffer) -> str:

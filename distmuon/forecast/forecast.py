@@ -6,13 +6,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from distmuon import Muon, build_param_groups
-from distmuon.buckets import BucketSpec, specify
+from distmuon.buckets import BucketSpec, is_whole, specify
 from distmuon.choice import Prediction, predict
 from distmuon.cost import CostModel
 from distmuon.forecast.doubts import doubt_about, survey
@@ -47,6 +47,8 @@ class Row:
         weight_decay: Decay per unit of lr; None if frozen.
         owners: Rank that orthogonalizes each matrix, in the model's order; none for other rules.
         shared: Matrices that several ranks share; their owner evaluates the polynomial.
+        holders: Rank that keeps and updates each tensor whole, for classes that look at whole
+            tensors; none for rules that cut them.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Row:
     weight_decay: float | None
     owners: tuple[int, ...]
     shared: int
+    holders: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -78,9 +81,11 @@ class Buffer:
         numel: Their elements.
         shard_numel: Elements of one rank's shard, padding included.
         state_bytes: Of the optimizer's state on each rank, a master copy included.
-        layout: "flat" or "aligned" and why, for Muon; empty for elementwise rules.
+        layout: "flat" or "aligned" and why, for Muon; empty for other rules.
         prediction: Where the time of a step goes; None for elementwise rules.
         publish_seconds: Predicted time to publish the parameters.
+        cut: "evenly", or "whole" for classes that look at whole tensors: then a shard is as long
+            as the fullest rank's.
     """
 
     algorithm: str
@@ -91,6 +96,7 @@ class Buffer:
     layout: str
     prediction: Prediction | None
     publish_seconds: float
+    cut: Literal["evenly", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +228,11 @@ def make_forecast(
 
 
 class _Place(NamedTuple):
-    """Who orthogonalizes the matrices of one parameter."""
+    """Who orthogonalizes the matrices of one parameter, or keeps it whole."""
 
     owners: tuple[int, ...]
     shared: int
+    holders: tuple[int, ...] = ()
 
 
 class _Kind(NamedTuple):
@@ -292,14 +299,19 @@ def _row(name: str, kind: _Kind, options: GroupOptions | None, places: Sequence[
         weight_decay=options.weight_decay if options else None,
         owners=tuple(owner for place in places for owner in place.owners),
         shared=sum(place.shared for place in places),
+        holders=tuple(holder for place in places for holder in place.holders),
     )
 
 
 def _places(specs: Sequence[BucketSpec]) -> dict[str, _Place]:
-    """Of every Muon parameter, by FQN."""
+    """Of every parameter that is not cut wherever a shard ends, by FQN."""
     found: dict[str, _Place] = {}
     for spec in specs:
         ownership = spec.ownership
+        if is_whole(spec.algorithm):
+            layout = spec.layout
+            ranks = (offset // layout.shard_numel for offset in layout.offsets)
+            found |= {n: _Place((), 0, (rank,)) for n, rank in zip(spec.names, ranks, strict=True)}
         if ownership is None:
             continue
         owners: list[list[int]] = [[] for _ in spec.parameters]
@@ -335,6 +347,7 @@ def _buffer(spec: BucketSpec, policy: Policy, model: CostModel) -> Buffer:
         layout=spec.ownership.reason if spec.ownership else "",
         prediction=prediction,
         publish_seconds=model.collective(others, itemsize, world_size),
+        cut="whole" if is_whole(spec.algorithm) else "evenly",
     )
 
 

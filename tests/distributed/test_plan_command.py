@@ -47,12 +47,14 @@ def build() -> nn.Module:
 
 def train(options: dict[str, Any], dtype: torch.dtype) -> tuple[Report, Counter[str]]:
     model = build().to(dtype)
+    companion = options.get("companion", "adamw")
+    options = {key: value for key, value in options.items() if key != "companion"}
     reduce = options.get("reduce", "ddp")
     owned = reduce == "owned"
     wrapped: nn.Module = model if owned else DistributedDataParallel(model)
     rates = {**RATES, "measured": {(32, 144): 2e-2}}
     optimizer = Muon(
-        build_param_groups(model),
+        build_param_groups(model, companion=companion),
         process_group=dist.group.WORLD,
         cost_model=CostModel(**rates),
         **options,
@@ -77,6 +79,8 @@ def train(options: dict[str, Any], dtype: torch.dtype) -> tuple[Report, Counter[
         ({"layout": "flat", "reduce": "hook", "max_split": 3}, torch.float32, MOVING | SHARED),
         ({"layout": "auto", "reduce": "ddp"}, torch.float32, frozenset()),
         ({"wire": "bfloat16", "max_split": 3}, torch.float32, MOVING | SHARED),
+        ({"companion": "torch.optim.Adafactor"}, torch.float32, MOVING),
+        ({"companion": "torch.optim.SGD(momentum=0.9)"}, torch.float32, MOVING),
     ],
 )
 def test_the_plan_is_what_four_ranks_report(
@@ -109,3 +113,8 @@ def test_the_plan_is_what_four_ranks_report(
         }
         assert {kind: count for kind, count in expected.items() if count} == dict(sent)
     assert set(planned["bytes_sent"]) & (MOVING | SHARED) == kinds
+    whole = {each["algorithm"]: each for each in planned["buffers"] if each["cut"] == "whole"}
+    ratios = {name: RANKS * b["shard_numel"] / b["numel"] for name, b in whole.items()}
+    assert ratios == pytest.approx(dict(reports[0][0].whole))
+    for row in planned["parameters"]:
+        assert len(row["holders"]) == (row["count"] if row["algorithm"] in whole else 0)

@@ -315,3 +315,21 @@ def test_values_of_a_configuration_may_stand_behind_options(
     with pytest.raises(SystemExit):
         main(["plan"])
     assert "the following arguments are required: MODEL\n" in capsys.readouterr().err
+
+
+def test_a_class_that_looks_at_whole_tensors_has_them_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["plan", "configs/tiny.yaml", "--world-size", "3", "--companion"]
+    assert main([*command, "torch.optim.Adafactor"]) == 0
+    said = capsys.readouterr().out
+    assert "  whole at rank " in said
+    assert "every rank its range" not in said
+    assert "16,480 by torch.optim.Adafactor" in said
+    assert "torch.optim.Adafactor keeps tensors whole, 1.49 times the mean on the fullest" in said
+    assert main([*command, "torch.optim.SGD(momentum=0.9)"]) == 0
+    assert "every rank its range" in capsys.readouterr().out
+    assert main([*command, "torch.optim.LBFGS"]) == 2
+    assert "Invalid algorithm='torch.optim.LBFGS'" in capsys.readouterr().err
+    assert main(["estimate", *command[1:], "torch.optim.Adafactor"]) == 0
+    assert "AdamW moments, or state of torch.optim.Adafactor " in capsys.readouterr().out
