@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# The longest time that one can ask for: gloo, nccl and timers count seconds, milliseconds or
+# nanoseconds in 32 or 64 bits.
+LONGEST_S = 1e9
+
 
 def format_bytes(count: float) -> str:
     """Write a number of bytes with a decimal unit.

@@ -104,7 +104,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         give_up_output()
         if isinstance(error, BrokenPipeError):  # `distmuon ... | head`
             return DONE
-        print(f"{name}: standard output: {error.strerror}." + see("command"), file=sys.stderr)
+        why = f"output cannot be written: {error.strerror}." + see("command")
+        print(f"{name}: {why}", file=sys.stderr)
         return BROKEN
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted.", file=sys.stderr)

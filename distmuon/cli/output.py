@@ -19,6 +19,7 @@ from typing import Any, Literal, TextIO
 
 from distmuon.errors import Entry, with_entry
 from distmuon.pictures.page import Grid
+from distmuon.units import LONGEST_S
 
 # The exit codes of every command, with 130 for Ctrl-C (interrupts.py); `distmuon --help` and
 # docs/plan.md say them too.
@@ -29,9 +30,6 @@ USAGE = 2
 EXIT_CODES = (
     "exit codes: 0 done, 1 what was looked at is wrong, 2 the command was used wrongly, 130 Ctrl-C"
 )
-
-# Seconds that a command may be given.
-LONGEST_S = 1e9
 
 Align = Literal["left", "right"]
 
@@ -123,7 +121,6 @@ def seconds(text: str) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    # Clocks and timers count in 64 bits, or 32: thirty years are enough.
     if not 0.0 < number <= LONGEST_S:
         raise argparse.ArgumentTypeError(
             f"{text} is no number of seconds above 0 and at most {LONGEST_S:g}"

@@ -19,11 +19,11 @@ from distmuon.training.ranges import (
     COLDEST,
     IN_FLOAT32,
     LARGEST_SEED,
-    LONGEST_S,
     in_float32,
     is_finite,
     is_text,
 )
+from distmuon.units import LONGEST_S
 from distmuon.update_rules import AdjustLrMode, DecayRule, overflow
 
 T = TypeVar("T")

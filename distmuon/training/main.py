@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import NoReturn
@@ -34,9 +35,9 @@ EPILOG = """\
 With --json standard output has the lines of metrics.jsonl as they are measured, and a last object
 that begins with "ok"; all other text goes to standard error.
 
-exit codes: 0 done, or stopped by a signal and saved; 1 the training failed, with a traceback; 2 a
-mistake in the command or the configuration; 130 Ctrl-C before or after the training. torchrun shows
-a rank's code and exits with 1 itself."""
+exit codes: 0 done, or stopped by a signal and saved; 1 the training failed, with a traceback, or
+nobody read its output any more; 2 a mistake in the command or the configuration; 130 Ctrl-C before
+or after the training. torchrun shows a rank's code and exits with 1 itself."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,12 +85,16 @@ def _main(given: Sequence[str], program: str) -> int:
         return INTERRUPTED
     except Exception as error:
         if launch.rank == 0 and is_of_output(error):
-            give_up_output()
-            print(
-                f"error: standard output cannot be written ({error}), so the run has ended before "
-                "its time. What was saved is kept. Send it to a file: > run.log" + see("command"),
-                file=sys.stderr,
+            message = (
+                f"the run has ended before its time: its output cannot be written ({error}). What "
+                "was saved is kept. If nobody reads standard output any more, send it to a file: "
+                "> run.log" + see("command")
             )
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            if answers:
+                with suppress(OSError):
+                    _answer_failure(message)
+            give_up_output()
             return FAILED
         if answers and launch.rank == 0:
             _answer_failure(f"{type(error).__name__}: {error}")

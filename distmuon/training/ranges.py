@@ -11,8 +11,6 @@ _TINY = 2.0**-126
 IN_FLOAT32 = f"> 0, from {_TINY:.2g} to {FLOAT32_MAX:.2g} as float32 has it"
 # torch takes seeds of 64 bits, and of those above this only some with a sign.
 LARGEST_SEED = 2**63 - 1
-# gloo and nccl count milliseconds, and some of their clocks nanoseconds, in 64 bits.
-LONGEST_S = 1e9
 # Logits over less than this are no longer finite.
 COLDEST = 1e-6
 

@@ -54,10 +54,10 @@ def somewhere_to_print() -> Iterator[None]:
 
 
 def is_of_output(error: BaseException) -> bool:
-    """Whether standard output can take no more: nobody reads the pipe, or the disk is full.
+    """Whether output can take no more: nobody reads the pipe, or a disk is full.
 
     Args:
-        error: Any; one about a file of ours has its name.
+        error: Any; one about a file that could not be opened has its name.
     """
     lost = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
     return lost and getattr(error, "filename", None) is None

@@ -86,7 +86,9 @@ def test_a_command_without_standard_output_does_its_work(tmp_path: Path) -> None
 def test_a_full_disk_behind_standard_output_is_one_line(tmp_path: Path) -> None:
     done = run([*PYTHON, "init", str(tmp_path / "run.yaml")], ">/dev/full")
     assert done.returncode == 1
-    assert done.stderr.startswith("distmuon init: standard output: No space left on device.")
+    assert done.stderr.startswith(
+        "distmuon init: output cannot be written: No space left on device."
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -117,5 +119,5 @@ def test_a_training_that_loses_its_output_says_so_and_fails(
     )
     os.close(write)
     assert done.returncode == 1
-    assert "standard output cannot be written ([Errno 32] Broken pipe)" in done.stderr
+    assert "its output cannot be written ([Errno 32] Broken pipe)" in done.stderr
     assert "Traceback" not in done.stderr
