@@ -1,6 +1,6 @@
 """Forward, backward, gradient reduction and step, beside torch's own optimizers, in one run.
 
-    python benchmarks/step.py --ranks 2 --repeats 7
+    python -m benchmarks.step --ranks 2 --repeats 7
 
 Every variant has a model of its own; they take turns, one step each, so that a change in the
 machine's speed meets all of them. torch.optim.Muon always casts to bfloat16 for Newton-Schulz,
@@ -19,8 +19,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.torch_muon import newton_schulz_in_fp32
 from distmuon.measure import contest
 from distmuon.measure.contest import Case, Factory, Result, Track, with_distmuon
 from distmuon.options import Reduce
@@ -41,18 +41,8 @@ def _distmuon(
     return with_distmuon(model, group, reduce, ns_coefficients=coefficients, **options)
 
 
-@contextmanager
-def _without_the_cast() -> Iterator[None]:
-    original = Tensor.bfloat16
-    Tensor.bfloat16 = lambda self: self.clone()  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        Tensor.bfloat16 = original  # type: ignore[method-assign]
-
-
 def _in_fp32(make: Factory) -> Factory:
-    return lambda model, group: replace(make(model, group), around=_without_the_cast)
+    return lambda model, group: replace(make(model, group), around=newton_schulz_in_fp32)
 
 
 def _deepspeed(model: nn.Module, method: str) -> Case:

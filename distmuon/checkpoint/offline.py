@@ -40,7 +40,6 @@ _TORCH_KEYS = {
     "adamw": ("lr", "weight_decay", "betas", "eps"),
 }
 _TORCH_STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
-_TORCH_SCALINGS = ("original", "match_rms_adamw", "spectral_unclamped")
 
 
 def verify(path: str | Path) -> Manifest:
@@ -178,18 +177,14 @@ def export(path: str | Path, out: str | Path, optimizer: TorchOptimizer) -> Path
         names = [n for n, each in manifest.parameters.items() if each.group == index]
         if not names or saved["algorithm"] != optimizer:
             continue
-        if optimizer == "muon" and saved["adjust_lr_fn"] not in _TORCH_SCALINGS:
-            raise CheckpointError(
-                f"Group {index} has adjust_lr_fn={saved['adjust_lr_fn']!r}; torch.optim.Muon knows "
-                f"only {_TORCH_SCALINGS}.",
-                entry="checkpoint-mismatch",
-            )
         if saved.get("blocks") is not None:
             raise CheckpointError(
                 f"Group {index} has blocks={saved['blocks']}; torch.optim.Muon would orthogonalize "
                 "its matrices whole."
             )
         options = {key: saved[key] for key in _TORCH_KEYS[optimizer]}
+        if optimizer == "muon":
+            options["adjust_lr_fn"] = _torch_scaling(saved["adjust_lr_fn"], index)
         groups.append({**options, "params": names})
     if not groups:
         raise CheckpointError(
@@ -214,7 +209,8 @@ def read_export(path: str | Path) -> dict[str, Any]:
         "param_names" has their FQNs.
 
     Raises:
-        CheckpointError: if it is no such file.
+        CheckpointError: if it is no such file, or a group has a scaling that this torch does not
+            know, as a file from a newer one may.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -231,7 +227,9 @@ def read_export(path: str | Path) -> dict[str, Any]:
         ) from error
     state: dict[int, dict[str, Tensor]] = {}
     param_groups = []
-    for group in groups:
+    for index, group in enumerate(groups):
+        if kind == "muon":
+            _torch_scaling(group["adjust_lr_fn"], index)
         names, first = group.pop("params"), len(state)
         for number, name in enumerate(names, first):
             state[number] = {key: tensors[f"{key}/{name}"] for key in _TORCH_STATE[kind]}
@@ -264,6 +262,24 @@ def _torch_defaults(kind: str) -> dict[str, Any]:
     else:
         made = torch.optim.AdamW([torch.zeros(1)])
     return {key: value for key, value in made.param_groups[0].items() if key != "params"}
+
+
+def _torch_scaling(adjust_lr_fn: Any, index: int) -> str:
+    """The installed torch's name of a scaling.
+
+    torch.optim.Muon checks the name only when it is made. One from a state dictionary that it does
+    not know is no error there: it scales by 1.
+    """
+    name: str = "spectral_unclamped" if adjust_lr_fn == "mup" else adjust_lr_fn
+    try:
+        torch.optim.Muon([torch.zeros(1, 1)], adjust_lr_fn=name)
+    except ValueError as error:
+        raise CheckpointError(
+            f"Group {index} has adjust_lr_fn={adjust_lr_fn!r}, which torch.optim.Muon of torch "
+            f"{torch.__version__} does not know.",
+            entry="checkpoint-mismatch",
+        ) from error
+    return name
 
 
 def _specify(manifest: Manifest, world_size: int) -> list[BucketSpec]:

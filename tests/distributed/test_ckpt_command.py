@@ -194,14 +194,39 @@ def test_torchs_own_optimizers_go_on_from_an_export(tmp_path: Path) -> None:
 def test_an_export_that_torch_cannot_express_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, optimizer = build(torch.float32, None, seed=1, adjust_lr_fn="mup")
+    model, optimizer = build(torch.float32, None, seed=1, adjust_lr_fn="max_dim")
     checkpoint.save(tmp_path / "a", optimizer, model=model)
     code, answer, _ = run(capsys, "export", tmp_path / "a", tmp_path / "b", "--optimizer", "muon")
     assert code == 1
-    assert "adjust_lr_fn='mup'" in answer["error"]
+    assert "adjust_lr_fn='max_dim'" in answer["error"]
     (tmp_path / "c").write_bytes(b"not one")
     with pytest.raises(checkpoint.CheckpointError, match="is no file of"):
         checkpoint.read_export(tmp_path / "c")
+
+
+def test_an_export_has_the_installed_torchs_name_of_a_scaling(tmp_path: Path) -> None:
+    model, optimizer = build(torch.float32, None, seed=1, adjust_lr_fn="mup")
+    checkpoint.save(tmp_path / "a", optimizer, model=model)
+    try:
+        torch.optim.Muon([torch.zeros(1, 1)], adjust_lr_fn="spectral_unclamped")
+    except ValueError:  # torch 2.13 has no name for it
+        with pytest.raises(checkpoint.CheckpointError, match=r"'mup', which .* does not know"):
+            checkpoint.export(tmp_path / "a", tmp_path / "b", "muon")
+    else:
+        checkpoint.export(tmp_path / "a", tmp_path / "b", "muon")
+        groups = checkpoint.read_export(tmp_path / "b")["param_groups"]
+        assert {group["adjust_lr_fn"] for group in groups} == {"spectral_unclamped"}
+
+
+def test_a_scaling_of_a_newer_torch_is_not_taken_for_none(tmp_path: Path) -> None:
+    """load_state_dict of torch.optim.Muon takes any name, and scales by 1 if it is unknown."""
+    model, optimizer = build(torch.float32, None, seed=1)
+    checkpoint.save(tmp_path / "a", optimizer, model=model)
+    written = checkpoint.export(tmp_path / "a", tmp_path / "b", "muon").read_bytes()
+    assert written.count(b"match_rms_adamw") > 0
+    (tmp_path / "b").write_bytes(written.replace(b"match_rms_adamw", b"match_rms_later"))
+    with pytest.raises(checkpoint.CheckpointError, match="'match_rms_later', which torch"):
+        checkpoint.read_export(tmp_path / "b")
 
 
 def test_the_command_runs_and_says_how(tmp_path: Path) -> None:

@@ -1,33 +1,38 @@
 """Muon in one process: parity with torch, what it refuses, what it counts, its state."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from benchmarks.torch_muon import newton_schulz_in_fp32
 from distmuon import Muon
 from distmuon.exchange import Exchange
-from tests.unit.torch_muon import without_its_cast
+from distmuon.update_rules import AdjustLrMode
 
 SHAPES = ((16, 24), (24, 16), (12, 12))
+
+
+def _torch_knows(adjust_lr_fn: str) -> bool:
+    try:
+        torch.optim.Muon([torch.zeros(1, 1)], adjust_lr_fn=adjust_lr_fn)
+    except ValueError:
+        return False
+    return True
+
+
+TORCH_SCALINGS = [*filter(_torch_knows, get_args(AdjustLrMode))]
 
 
 def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes]
-
-
-# Newer versions have more of them.
-TORCHS_MODES = [
-    mode
-    for mode in ("match_rms_adamw", "original", "spectral_unclamped")
-    if mode in str(torch.optim.Muon.__doc__)
-]
 
 
 def give_gradients(params: list[nn.Parameter], seed: int) -> None:
@@ -37,11 +42,9 @@ def give_gradients(params: list[nn.Parameter], seed: int) -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("mode", TORCHS_MODES)
-def test_five_steps_match_torch_muon_in_fp32(
-    nesterov: bool, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_its_cast(monkeypatch)
+@pytest.mark.parametrize("mode", TORCH_SCALINGS)
+@newton_schulz_in_fp32()
+def test_five_steps_match_torch_muon_in_fp32(nesterov: bool, mode: str) -> None:
     ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
     arguments: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.1, "nesterov": nesterov}
     mine = Muon(ours, ns_coefficients="keller", adjust_lr_fn=mode, **arguments)
@@ -54,6 +57,14 @@ def test_five_steps_match_torch_muon_in_fp32(
     for mine_p, their_p, start in zip(ours, theirs, parameters(*SHAPES), strict=True):
         error = (mine_p - their_p).norm() / (their_p - start).norm()
         assert error < 5e-5
+
+
+def test_arguments_begin_with_torchs_in_its_order() -> None:
+    """An option that a later torch adds shows here."""
+    theirs, ours = (inspect.signature(each).parameters for each in (torch.optim.Muon, Muon))
+    assert [*ours][: len(theirs)] == [*theirs]
+    same = ("lr", "weight_decay", "momentum", "nesterov")
+    assert [ours[name].default for name in same] == [theirs[name].default for name in same]
 
 
 def test_adamw_group_matches_torch_adamw_bit_for_bit() -> None:
@@ -502,9 +513,9 @@ def test_state_dict_survives_a_round_trip_before_the_first_step() -> None:
     assert optimizer.report().newton_schulz_calls == 2
 
 
-@pytest.mark.parametrize("mode", [None, "match_rms_adamw"])
-def test_a_torch_muon_state_dict_continues_here(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_its_cast(monkeypatch)
+@pytest.mark.parametrize("mode", [None, *TORCH_SCALINGS])
+@newton_schulz_in_fp32()
+def test_a_torch_muon_state_dict_continues_here(mode: Any) -> None:
     theirs, ours = parameters(*SHAPES), parameters(*SHAPES)
     reference = torch.optim.Muon(theirs, lr=1e-2, adjust_lr_fn=mode)
     mine = Muon(ours, lr=0.5)
