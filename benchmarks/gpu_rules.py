@@ -19,7 +19,7 @@ from distmuon.kernels import elementwise as kernels
 MOMENTUM, LR, DECAY, BETAS, EPS = 0.95, 1e-3, 0.1, (0.9, 0.95), 1e-8
 KEEP = 1 - LR * DECAY
 # For each element: fp32 gradient and momentum; parameter; both moments; fp32 to bfloat16.
-LEAST_BYTES = {"momentum": 16, "apply": 12, "adamw": 28, "round": 6}
+LEAST_BYTES = {"momentum": 16, "apply": 12, "adamw": 28, "round": 6, "narrow": 6, "widen": 6}
 
 
 class Flat(NamedTuple):
@@ -143,7 +143,39 @@ def stochastic(bench: Bench, like: Flat) -> Contestants:
     }
 
 
-CONTESTS = {"momentum": momentum, "apply": apply, "adamw": adamw, "round": stochastic}
+def narrow(bench: Bench, like: Flat) -> Contestants:
+    """Scale each matrix and round it to half precision, into a stack."""
+    out = torch.empty_like(like.rows, dtype=torch.float16)
+    factor = torch.full((len(like.pieces), 1), 0.25, device=bench.device)
+
+    def ours(x: Flat) -> None:
+        for piece, by, place in zip(x.pieces, factor, out, strict=True):
+            kernels.scale_into(piece, by, place)
+
+    return {"ours": ours, "torch": lambda x: torch.mul(x.rows, factor, out=out)}
+
+
+def widen(bench: Bench, like: Flat) -> Contestants:
+    """Multiply half precision into float32."""
+    half = like.rows.half()
+    out = torch.empty_like(like.rows)
+    factor = torch.full((len(like.pieces), 1), 0.2, device=bench.device)
+
+    def ours(_: Flat) -> None:
+        for piece, by, place in zip(half, factor, out, strict=True):
+            kernels.scale_into(piece, by, place)
+
+    return {"ours": ours, "torch": lambda _: torch.mul(half, factor, out=out)}
+
+
+CONTESTS = {
+    "narrow": narrow,
+    "widen": widen,
+    "momentum": momentum,
+    "apply": apply,
+    "adamw": adamw,
+    "round": stochastic,
+}
 
 
 def elementwise(bench: Bench, name: str) -> None:

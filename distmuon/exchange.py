@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmuon.collectives import Communicator, Pending
 from distmuon.failure import Topic
+from distmuon.kernels.elementwise import scale_into
 from distmuon.layout import Segment
 from distmuon.orthogonalize.pipeline import stack_numel
 from distmuon.plan import ExchangePlan, Transfer, Wave, peer_counts
@@ -102,13 +103,13 @@ class Exchange:
         flat = value.reshape(-1)
         for kept in self._kept[tensor]:
             piece = flat[kept.tensor_start :][: kept.numel]
-            torch.mul(piece, factor, out=out[kept.shard_start :][: kept.numel])
+            _multiply(piece, factor, out[kept.shard_start :][: kept.numel])
         for fetched in self._fetched[tensor]:
             assert self._incoming is not None, "scatter follows the yield of its matrix"
             segment = fetched.segment
             piece = flat[segment.tensor_start :][: segment.numel]
             place = self._incoming[fetched.buffer_start :][: segment.numel]
-            torch.mul(piece, factor, out=place)
+            _multiply(piece, factor, place)
 
     def _fetch(self, index: int, update: Tensor) -> Pending:
         outgoing = self._plan.waves[index].outgoing
@@ -159,6 +160,13 @@ class Exchange:
             piece = self._incoming[transfer.buffer_start :][: segment.numel]
             whole[segment.tensor_start :][: segment.numel].copy_(piece)
         return whole.view(spec.shape)
+
+
+def _multiply(piece: Tensor, factor: float | Tensor, place: Tensor) -> None:
+    if isinstance(factor, Tensor):
+        scale_into(piece, factor, place)
+    else:
+        torch.mul(piece, factor, out=place)
 
 
 def _names(plan: ExchangePlan, wave: Wave) -> tuple[str, ...]:

@@ -102,14 +102,10 @@ def _only_to_scale(
         scale = None if polar.scale is None else polar.scale[index]
         probe.look(tensor, polar.values[index], scale)
     values = polar.values.unbind()
-    if polar.scale is not None:
-        factors = (polar.scale * factor).view(-1, 1)
-        return [MatrixUpdate(*pair) for pair in zip(values, factors, strict=True)]
-    if polar.values.dtype in (torch.float32, torch.float64):
+    if polar.values.dtype in (torch.float32, torch.float64) and polar.scale is None:
         return [MatrixUpdate(value, factor) for value in values]
-    # Half precision times a number would be rounded to half precision once more.
-    shared = torch.full((1,), factor, device=polar.values.device)
-    return [MatrixUpdate(value, shared) for value in values]
+    factors = polar.factor(factor).view(-1, 1)
+    return [MatrixUpdate(*pair) for pair in zip(values, factors, strict=True)]
 
 
 def _scaled_apart(

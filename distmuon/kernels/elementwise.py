@@ -19,6 +19,8 @@ _trusted: dict[torch.device, bool] = {}
 # Elements of a piece, on average, that keep a GPU as busy as a launch the host: some 30 us at 16
 # bytes an element. Not yet measured.
 _LEAST_PIECE = 2**22
+_MOST_MATRICES = 2**16 - 1  # of a grid's second dimension
+_SCALED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _COUNT = 5000
 _TOLERANCE = 1e-5
 
@@ -29,10 +31,13 @@ def takes(*tensors: Tensor) -> bool:
     Args:
         tensors: All that a rule reads and writes, of one device.
     """
-    device = tensors[0].device
-    if device.type == "cpu" or not triton_is_usable(device):
-        return False
     if not all(t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in tensors):
+        return False
+    return _are_trusted(tensors[0].device)
+
+
+def _are_trusted(device: torch.device) -> bool:
+    if device.type == "cpu" or not triton_is_usable(device):
         return False
     if device not in _trusted:
         if torch.cuda.is_current_stream_capturing():
@@ -51,6 +56,43 @@ def takes_apart(pieces: int, *tensors: Tensor) -> bool:
         tensors: As for `takes`.
     """
     return tensors[0].numel() >= pieces * _LEAST_PIECE and takes(*tensors)
+
+
+def takes_scaling(x: Tensor, out: Tensor) -> bool:
+    """Whether the fused kernel is to multiply x [..., m, n] into another dtype.
+
+    Args:
+        x: Any shape; each factor is for its last two dimensions, or for all of fewer.
+        out: Of the same shape.
+    """
+    if x.numel() < _LEAST_PIECE or not (x.is_contiguous() and out.is_contiguous()):
+        return False
+    if x.dim() > 2 and (x.stride(-3) % 16 or x.size(0) > _MOST_MATRICES):
+        return False
+    return {x.dtype, out.dtype} <= _SCALED_DTYPES and _are_trusted(x.device)
+
+
+def scale_into(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Multiply in float32 and round once, in one pass where a kernel does it.
+
+    Where dtypes differ torch's own operations convert one element at a time, not 16 bytes.
+
+    Args:
+        x: [..., m, n], or [numel]. Not modified.
+        factor: float32 (float64 for a float64 x) [..., 1, 1], or [1].
+        out: Like x, in any dtype; overwritten.
+
+    Returns:
+        `out`.
+    """
+    if not takes_scaling(x, out):
+        return torch.mul(x, factor, out=out)
+    from distmuon.kernels.elementwise_triton import launch_scale
+
+    count = factor.numel()
+    with on_device_of(x):
+        launch_scale(x.view(count, -1), factor.reshape(count).contiguous(), out.view(count, -1))
+    return out
 
 
 def momentum_(
@@ -183,4 +225,23 @@ def self_check(device: torch.device) -> float:
     narrow[::3] = g[::3].bfloat16()
     adopt_(adopted, narrow)
     errors.append(adopted - torch.where(narrow != p.bfloat16(), narrow.float(), p))
-    return float(torch.stack(errors).abs().max().nan_to_num(torch.inf))
+    errors += _scaling_errors(p)
+    largest = torch.stack([error.abs().max() for error in errors]).max()
+    return float(largest.nan_to_num(torch.inf))
+
+
+def _scaling_errors(p: Tensor) -> list[Tensor]:
+    """Of float32 numbers by way of both half precisions and back, in their last places."""
+    from distmuon.kernels.elementwise_triton import launch_scale
+
+    rows = p[: p.numel() // 32 * 32].view(2, -1)
+    factor = torch.tensor([0.5, 4.0], device=p.device)
+    errors = []
+    # Triton's interpreter cuts bfloat16 off, where a GPU rounds.
+    for dtype, most in ((torch.float16, 0.51), (torch.bfloat16, 1.01)):
+        half, back = torch.empty_like(rows, dtype=dtype), torch.empty_like(rows)
+        launch_scale(rows, factor, half)
+        launch_scale(half, 1 / factor, back)
+        step = torch.finfo(dtype).eps * rows.abs().clamp(min=1e-3)
+        errors.append(((back - rows).abs() > most * step).flatten().float())
+    return errors

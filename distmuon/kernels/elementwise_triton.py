@@ -221,6 +221,38 @@ def _round_kernel(
         _round(out_ptr, value_ptr, last, left, first, second, FIRST_FACTOR, SECOND_FACTOR)
 
 
+@triton.jit
+def _scale(out_ptr, x_ptr, at, inside, factor):
+    value = tl.load(x_ptr + at, mask=inside).to(tl.float32) * factor
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scale_kernel(out_ptr, x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """Multiply BLOCK elements of one matrix by its factor, in float32, into another dtype."""
+    matrix = tl.program_id(1)
+    # Of several matrices each has whole groups of 16, see `launch_scale`.
+    start = tl.multiple_of(matrix.to(tl.int64) * count, 16)
+    factor = tl.load(factor_ptr + matrix)
+    at, inside = _block(count, BLOCK)
+    _scale(out_ptr + start, x_ptr + start, at, inside, factor)
+    if tl.program_id(0) == 0:
+        last, left = _rest(count)
+        _scale(out_ptr + start, x_ptr + start, last, left, factor)
+
+
+def launch_scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Multiply and change the dtype in one pass.
+
+    Args:
+        x: [count, numel], contiguous; where count > 1, numel is a multiple of 16.
+        factor: float32 [count], contiguous.
+        out: [count, numel], contiguous; overwritten.
+    """
+    count, numel = x.shape
+    _scale_kernel[triton.cdiv(numel, BLOCK), count](out, x, factor, numel, BLOCK=BLOCK)
+
+
 def launch_round(
     out: Tensor, value: Tensor, *, first: int, second: int, factors: tuple[int, int]
 ) -> None:
@@ -275,8 +307,8 @@ def launch_momentum(
         buffer,
         (grad if largest is None else largest).view(torch.int32),
         grad.numel(),
-        momentum,
-        1 - momentum,
+        float(momentum),  # an int would be compiled for its value
+        1.0 - momentum,
         NESTEROV=nesterov,
         LARGEST=largest is not None,
         BLOCK=BLOCK,
@@ -293,7 +325,7 @@ def launch_apply(param: Tensor, update: Tensor, *, lr: float, weight_decay: floa
         weight_decay: Decay per unit of lr.
     """
     _apply_kernel[triton.cdiv(param.numel(), BLOCK),](
-        param, update, param.numel(), 1 - lr * weight_decay, lr, BLOCK=BLOCK
+        param, update, param.numel(), 1.0 - lr * weight_decay, float(lr), BLOCK=BLOCK
     )
 
 
@@ -318,4 +350,4 @@ def launch_adamw(
     """
     count = tensors[0].numel()
     factors = (keep, 1 - betas[0], betas[1], 1 - betas[1], root, eps, rate)
-    _adamw_kernel[triton.cdiv(count, BLOCK),](*tensors, count, *factors, BLOCK=BLOCK)
+    _adamw_kernel[triton.cdiv(count, BLOCK),](*tensors, count, *map(float, factors), BLOCK=BLOCK)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distmuon.kernels.elementwise import scale_into
+
 
 def largest_entry(x: Tensor) -> Tensor:
     """Largest absolute value of each matrix of x [..., m, n], as [..., 1, 1]; NaN if one is NaN."""
@@ -63,7 +65,7 @@ def prescale(
     """
     wide = _without_rounding(x)
     out = torch.empty(x.shape, dtype=dtype or wide, device=x.device)
-    return torch.mul(x, _power(amax.to(wide), below), out=out)
+    return scale_into(x, _power(amax.to(wide), below), out)
 
 
 def prescale_each(
@@ -84,7 +86,7 @@ def prescale_each(
     shape = len(matrices), *matrices[0].shape
     out = torch.empty(shape, dtype=dtype or wide, device=amax.device)
     for x, power, place in zip(matrices, _power(amax.to(wide), below), out, strict=True):
-        torch.mul(x, power, out=place)
+        scale_into(x, power, place)
     return out
 
 

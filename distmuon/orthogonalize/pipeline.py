@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distmuon.kernels import symmetric
+from distmuon.kernels.elementwise import scale_into
 from distmuon.orthogonalize import exact, halley, newton_schulz, policy, stability
 from distmuon.orthogonalize.guards import is_finite, largest_entry, prescale, prescale_each
 from distmuon.orthogonalize.policy import Method
@@ -76,13 +77,24 @@ class Polar(NamedTuple):
             dtype: Of the result.
             out: Where to put it; None for memory of its own, or that of `values`.
         """
-        if out is None and self.scale is None:
-            return self.values.to(dtype).contiguous()
+        widened = dtype == torch.float32 and self.values.dtype in (torch.float16, torch.bfloat16)
+        if self.scale is None and not widened:
+            values = self.values.to(dtype).contiguous()
+            return values if out is None else out.copy_(values)
         if out is None:
             out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
-        if self.scale is None:
-            return out.copy_(self.values)
-        return torch.mul(self.values, self.scale, out=out)
+        return scale_into(self.values, self.factor(), out)
+
+    def factor(self, number: float = 1.0) -> Tensor:
+        """What half-precision `values` are still to be multiplied by, [..., 1, 1] in float32.
+
+        Args:
+            number: And by this; half precision times a number would stay half precision.
+        """
+        if self.scale is not None:
+            return self.scale if number == 1.0 else self.scale * number
+        shape = *self.values.shape[:-2], 1, 1
+        return torch.full(shape, number, dtype=torch.float32, device=self.values.device)
 
 
 def stack_numel(device: torch.device) -> int:

@@ -33,7 +33,13 @@ SHAPES = {
     "odd": (1000, 1000),
     "bias": (2**20,),
 }
-ALWAYS = {"_symmetric_kernel", "_momentum_kernel", "_apply_kernel", "_adamw_kernel"}
+ALWAYS = {
+    "_symmetric_kernel",
+    "_momentum_kernel",
+    "_apply_kernel",
+    "_adamw_kernel",
+    "_scale_kernel",
+}
 CASES: dict[str, tuple[torch.dtype, dict[str, Any], set[str]]] = {
     "float32": (torch.float32, {}, ALWAYS),
     "bfloat16": (torch.bfloat16, {}, ALWAYS | {"_adopt_kernel"}),

@@ -51,7 +51,7 @@ def test_the_benchmark_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(line["passed"] for line in lines if line["section"] == "checks")
     assert {line["rule"] for line in lines if line["section"] == "elementwise"} == {
-        "momentum", "apply", "adamw", "round",
+        "momentum", "apply", "adamw", "round", "narrow", "widen",
     }  # fmt: skip
     assert done.stdout.count(": step torch.") == 4, "two aims of two dtypes"
 

@@ -166,7 +166,14 @@ def test_on_hopper_the_kernel_spills_nothing_and_waits_for_nothing(tile: Tile) -
 
 @pytest.mark.parametrize(
     "kernel",
-    ["_momentum_kernel", "_apply_kernel", "_adamw_kernel", "_round_kernel", "_adopt_kernel"],
+    [
+        "_momentum_kernel",
+        "_apply_kernel",
+        "_adamw_kernel",
+        "_round_kernel",
+        "_adopt_kernel",
+        "_scale_kernel",
+    ],
 )
 def test_the_update_rules_compile_to_wide_loads_whatever_the_count(kernel: str) -> None:
     from distmuon.kernels import elementwise_triton

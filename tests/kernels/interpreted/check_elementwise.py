@@ -110,6 +110,47 @@ def test_masters_take_what_was_written_into_their_copies(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 17, 2048, 5001])
+def test_scaling_into_another_dtype_rounds_once(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elementwise, "_LEAST_PIECE", 1)
+    monkeypatch.setattr(elementwise, "_are_trusted", lambda device: True)
+    _, x = poisoned(count)
+    x[count // 2] = torch.inf
+    memory = torch.full((count + 20,), torch.nan, dtype=torch.float16)
+    half, factor = memory[7 : 7 + count], torch.tensor([0.3])
+    elementwise.scale_into(x, factor, half)
+    assert torch.equal(half, (x * factor).half())
+    assert_only(memory, count)
+    memory, back = poisoned(count)
+    elementwise.scale_into(half, factor, back)
+    assert torch.equal(back, half.float() * factor)
+    assert_only(memory, count)
+
+
+def test_each_matrix_is_scaled_by_its_own_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "_LEAST_PIECE", 1)
+    monkeypatch.setattr(elementwise, "_are_trusted", lambda device: True)
+    launched: list[tuple[int, ...]] = []
+    launch = elementwise_triton.launch_scale
+
+    def count(x: Tensor, factor: Tensor, out: Tensor) -> None:
+        launched.append(tuple(x.shape))
+        launch(x, factor, out)
+
+    monkeypatch.setattr(elementwise_triton, "launch_scale", count)
+    factor = torch.tensor([0.5, -3.0, 0.0]).view(3, 1, 1)
+    for shape in ((3, 16, 131), (3, 5, 7)):
+        x = torch.randn(shape)
+        out = torch.full(shape, torch.nan, dtype=torch.float16)
+        assert torch.equal(elementwise.scale_into(x, factor, out), (x * factor).half())
+    assert launched == [(3, 16 * 131)], "a matrix of 35 elements has no whole groups"
+    turned = torch.randn(3, 16, 32).mT
+    elementwise.scale_into(turned, factor, torch.empty(3, 32, 16))
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize("count", [1, 17, 2048, 5001])
 def test_rounding_draws_the_bits_of_torch(count: int) -> None:
     value = torch.randn(count + 20) * 1e3
     value[8 : 8 + count : 7] = torch.nan
