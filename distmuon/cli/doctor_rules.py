@@ -31,7 +31,7 @@ class Finding:
 Rule = Callable[[Facts], Iterator[Finding]]
 
 OLDEST_TORCH = (2, 9)
-TESTED_TORCH = ((2, 9), (2, 13))
+TESTED_TORCH = ((2, 9), (2, 13), (2, 15))
 OLDEST_DEEPSPEED = (0, 19)
 TESTED_DEEPSPEED = "0.19.8"
 # As in pyproject.toml, which a test compares: from the first version to below the second.
@@ -51,7 +51,7 @@ def torch_version(facts: Facts) -> Iterator[Finding]:
     elif numbers(version) not in TESTED_TORCH:
         yield Finding(
             "warning",
-            f"torch {version} has not been tested: 2.9.0 and 2.13.0 have.",
+            f"torch {version} has not been tested: 2.9.0, 2.13.0 and 2.15.0 have.",
             "Run `distmuon verify`.",
         )
 

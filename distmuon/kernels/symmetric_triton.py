@@ -76,6 +76,8 @@ def _store_block(out, base, rows, cols, m, stride, below_diagonal, MASK_M: tl.co
     last bit. Both stores are 16 bytes wide in every block, and there is no branch for the compiler
     to keep copies of the block for.
     """
+    # Triton 3.9's interpreter takes a scalar comparison of integers for an integer, no mask.
+    below_diagonal = tl.where(below_diagonal, x=True, y=False)
     mirror = tl.trans(out)
     # In a block below the diagonal this changes nothing.
     out = tl.where(rows[:, None] >= cols[None, :], out, mirror)
