@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon import matrix_updates
 from distmuon.cli import verify
 from distmuon.cli.main import main
+from distmuon.orthogonalize.pipeline import Polar
 from distmuon.selftest import CHECKS, Lab, Mismatch, Row, run_checks
 from distmuon.selftest.lab import require_same
 from distmuon.selftest.meter import Meter
@@ -77,10 +79,13 @@ def test_every_check_notices_what_it_is_there_for(tmp_path: Path) -> None:
 def drop_an_update(folder: Path) -> list[Row]:
     """The optimizer itself is broken, on one rank: its Newton-Schulz forgets a sign."""
     if dist.get_rank() == 1:
-        from distmuon import steps
+        right = matrix_updates.orthogonalize_each
 
-        right = steps.orthogonalize
-        steps.orthogonalize = lambda *matrices, **options: -right(*matrices, **options)
+        def wrong(*matrices: Any, **options: Any) -> Polar:
+            polar = right(*matrices, **options)
+            return polar._replace(values=-polar.values)
+
+        matrix_updates.orthogonalize_each = wrong
     return list(run_checks(Plan(CPU, folder, only=["parity", "gradients"])))
 
 
