@@ -1,4 +1,4 @@
-"""Which device a kernel runs on."""
+"""Which device a kernel runs on, and what fits there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
+# Programs along a grid's second dimension, where a kernel's batch goes.
+MOST_MATRICES = 2**16 - 1
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from distmuon.errors import see
-from distmuon.kernels.device import on_device_of
+from distmuon.kernels.device import MOST_MATRICES, on_device_of
 from distmuon.kernels.symmetric import triton_is_usable
 
 _trusted: dict[torch.device, bool] = {}
 # Elements of a piece, on average, that keep a GPU as busy as a launch the host: some 30 us at 16
 # bytes an element. Not yet measured.
 _LEAST_PIECE = 2**22
-_MOST_MATRICES = 2**16 - 1  # of a grid's second dimension
 _SCALED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _COUNT = 5000
 _TOLERANCE = 1e-5
@@ -67,7 +66,7 @@ def takes_scaling(x: Tensor, out: Tensor) -> bool:
     """
     if x.numel() < _LEAST_PIECE or not (x.is_contiguous() and out.is_contiguous()):
         return False
-    if x.dim() > 2 and (x.stride(-3) % 16 or x.size(0) > _MOST_MATRICES):
+    if x.dim() > 2 and (x.stride(-3) % 16 or x.size(0) > MOST_MATRICES):
         return False
     return {x.dtype, out.dtype} <= _SCALED_DTYPES and _are_trusted(x.device)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distmuon.errors import see
 from distmuon.kernels import quack
-from distmuon.kernels.device import on_device_of
+from distmuon.kernels.device import MOST_MATRICES, on_device_of
 from distmuon.kernels.tiles import Scaled, Tile, tile_for, tile_of
 
 Backend: TypeAlias = Literal["auto", "torch", "triton", "quack"]
@@ -31,7 +31,6 @@ SMALLEST = 768
 _DTYPES = (torch.float16, torch.bfloat16)
 # Past this an offset inside one matrix does not fit into the kernel's 32-bit integers.
 _LARGEST_OFFSET = 2**31
-_LARGEST_BATCH = 2**16 - 1  # of a grid's second dimension
 _OLDEST_CAPABILITY = (8, 0)
 _backend: ContextVar[Backend] = ContextVar("symmetric_backend", default="auto")
 _trusted: dict[_Class, bool] = {}
@@ -310,7 +309,7 @@ def _choose(
     if _backend.get() == "auto" and any(s % 16 for o in operands for s in o.stride() if s != 1):
         return "torch"
     ends = [x.size(1) * x.stride(1) + x.size(2) * x.stride(2) for x in operands]
-    if a.size(0) > _LARGEST_BATCH or max(*ends, m * m) >= _LARGEST_OFFSET:
+    if a.size(0) > MOST_MATRICES or max(*ends, m * m) >= _LARGEST_OFFSET:
         return "torch"
     tile = tile_of(a)
     key = _Class(

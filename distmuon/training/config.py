@@ -8,6 +8,7 @@ This is the only module of the package that reads environment variables.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -20,7 +21,6 @@ from distmuon.training.ranges import (
     IN_FLOAT32,
     LARGEST_SEED,
     in_float32,
-    is_finite,
     is_text,
 )
 from distmuon.units import LONGEST_S
@@ -189,7 +189,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(in_float32(self.lr), "optimizer.lr", self.lr, IN_FLOAT32)
-        decay = is_finite(self.weight_decay) and self.weight_decay >= 0
+        decay = math.isfinite(self.weight_decay) and self.weight_decay >= 0
         _require(decay, "optimizer.weight_decay", self.weight_decay, ">= 0")
         averages = all(0.0 <= beta < 1.0 for beta in self.betas)
         _require(averages, "optimizer.betas", self.betas, "two numbers with 0 <= beta < 1")
@@ -305,7 +305,7 @@ class SampleConfig:
         prompt = self.prompt != "" and is_text(self.prompt)
         _require(prompt, "sample.prompt", self.prompt, "at least one character, all of Unicode")
         _require(self.length >= 0, "sample.length", self.length, ">= 0")
-        warm = is_finite(self.temperature) and self.temperature >= COLDEST
+        warm = math.isfinite(self.temperature) and self.temperature >= COLDEST
         warm = warm or self.temperature == 0.0
         _require(warm, "sample.temperature", self.temperature, f"0, or >= {COLDEST:g}")
 

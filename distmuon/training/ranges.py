@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from distmuon.update_rules import FLOAT32_MAX
 
 # The least that any float32 with all its digits is; below it eps is 0 to AdamW on some devices.
@@ -13,11 +11,6 @@ IN_FLOAT32 = f"> 0, from {_TINY:.2g} to {FLOAT32_MAX:.2g} as float32 has it"
 LARGEST_SEED = 2**63 - 1
 # Logits over less than this are no longer finite.
 COLDEST = 1e-6
-
-
-def is_finite(value: float) -> bool:
-    """Whether a number is neither infinite nor NaN."""
-    return math.isfinite(value)
 
 
 def in_float32(value: float) -> bool:
