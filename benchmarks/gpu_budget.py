@@ -12,11 +12,13 @@ reaches more may still miss it, by launches and by what is not counted here.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu import GOALS
+from benchmarks.gpu import GOALS, MOST_OF_ADAMW, TOKENS, llama
+from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_checks import newton_schulz_flops
 from distmuon.kernels.tiles import tile_for
 from distmuon.orthogonalize import stability
@@ -30,6 +32,9 @@ PROCESSORS = 132
 _BYTES = 4 + (4 + 2) + (2 + 4)
 # cuBLAS adds in place: torch copies an X there before each step of the plain form.
 _COPY = 2 + 2
+# Of a step: each float32 gradient is read into a buffer and looked at; then momentum or AdamW; for
+# a matrix its scaling, the way back and the step follow.
+_READ, _MOMENTUM, _ADAMW, _APPLY = 8 + 4, 16, 28, 12
 
 
 class Budget(NamedTuple):
@@ -106,6 +111,38 @@ def table(*, tflops: float, terabytes: float) -> list[str]:
     return lines
 
 
+def step_table(*, tflops: float, terabytes: float) -> list[str]:
+    """The step of the 1.3B model in float32, as lines of Markdown.
+
+    Args:
+        tflops: Of a large bf16 product.
+        terabytes: A second, of a copy.
+    """
+    matrices, rest = llama(Bench(torch.device("meta"), Path(), 0.0), torch.float32)
+    large, small = (sum(p.numel() for p in group) for group in (matrices, rest))
+    adamw = 1e3 * _ADAMW * (large + small) / (1e12 * terabytes)
+    flops = sum(newton_schulz_flops(*sorted(p.shape), 1) for p in matrices)
+    bound = 1e3 * flops / (1e12 * tflops)
+    a_matrix = _READ + _MOMENTUM + (4 + 2) + (2 + 4) + _APPLY
+    moved = a_matrix * large + (_READ + _ADAMW) * small
+    passes = 1e3 * moved / (1e12 * terabytes)
+    whole = bound / 0.7 + passes
+    forward_backward = 1e3 * 6 * (large + small) * TOKENS / (1e12 * tflops)
+    goal = MOST_OF_ADAMW * adamw + bound
+    share = whole / forward_backward
+    rows = {
+        f"fused AdamW, {_ADAMW} bytes an entry": f"{adamw:.1f} ms",
+        "the Newton-Schulz bound": f"{bound:.1f} ms",
+        f"the aim, {MOST_OF_ADAMW} times the one and the other": f"{goal:.1f} ms",
+        "Newton-Schulz alone at 70% of the bound": f"{bound / 0.7:.1f} ms",
+        "at 80%": f"{bound / 0.8:.1f} ms",
+        f"passes of a step, {a_matrix} bytes an entry of a matrix": f"{passes:.1f} ms",
+        "a step at 70%": f"{whole:.1f} ms",
+        "beside a forward and backward pass of 0.5M tokens": f"{share:.1%}",
+    }
+    return ["| a step, counted | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -114,7 +151,8 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=788.0, help="of a large bf16 product")
     parser.add_argument("--terabytes", type=float, default=4.3, help="a second, of a copy")
     arguments = parser.parse_args()
-    print(*table(tflops=arguments.tflops, terabytes=arguments.terabytes), sep="\n")
+    rates = {"tflops": arguments.tflops, "terabytes": arguments.terabytes}
+    print(*table(**rates), "", *step_table(**rates), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from benchmarks.gpu import GOALS
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
-def test_the_page_has_the_table() -> None:
-    assert "\n".join(gpu_budget.table(tflops=788.0, terabytes=4.3)) in PAGE.read_text()
+@pytest.mark.parametrize("table", [gpu_budget.table, gpu_budget.step_table])
+def test_the_page_has_what_the_command_prints(table: Callable[..., list[str]]) -> None:
+    assert "\n".join(table(tflops=788.0, terabytes=4.3)) in PAGE.read_text()
 
 
 def test_one_product_by_hand() -> None:
